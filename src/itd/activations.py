@@ -1,0 +1,209 @@
+"""Prompts to activations at a hook point, each distinct one once, on disk in resumable shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from itd import pipelines
+from itd.artifacts import CONFIG, itd_version
+from itd.hooks import HookPoint
+from itd.prompts import PromptSet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Activations of some prompts. `content` marks what the prompt wrote, `editable` all but the begin token."""
+
+    prompts: PromptSet
+    input_ids: Int[Tensor, "batch tokens"]
+    x: Float[Tensor, "batch tokens d_model"]
+    content: Bool[Tensor, "batch tokens"]
+    editable: Bool[Tensor, "batch tokens"]
+
+
+def stream(pipe: Any, site: HookPoint, prompts: PromptSet, batch_size: int = 64, desc: str = "encode prompts") -> Iterator[Batch]:
+    """Yield activations of the prompts, batch by batch, in fp32, with a progress bar when it takes long."""
+    tokenizer = pipelines.tokenizer_of(pipe, site.encoder)
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc=desc, unit="batch", disable=len(prompts) < 8 * batch_size, leave=False):
+        part = prompts[start : start + batch_size]
+        tokens = pipelines.tokenize(pipe, site.encoder, part.texts)
+        x = pipelines.activations(pipe, site, tokens).float()
+        ids = tokens.input_ids
+        yield Batch(part, ids, x, pipelines.content_mask(ids, tokenizer), pipelines.edit_mask(ids, tokenizer))
+
+
+class ActivationStore:
+    """Distinct activations and how often each occurred.
+
+    x: (n, d_model) fp32; weight: (n,) occurrences. On disk: `config.json` and one safetensors file per shard.
+    """
+
+    def __init__(
+        self, x: Float[Tensor, "n d_model"], weight: Float[Tensor, " n"], hook_point: HookPoint | None = None
+    ) -> None:
+        if len(x) == 0:
+            raise ValueError("an activation store needs at least one activation; the prompts have no content tokens")
+        if not x.isfinite().all():
+            raise ValueError("activations contain NaN or infinity: the text encoder overflowed; use fp32 or bf16")
+        self.x, self.weight, self.hook_point = x, weight, hook_point
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def d_model(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of a sample of the activations and of their number, to recognise the store when training resumes."""
+        rows = self.x[:: max(1, len(self) // 64)].contiguous()
+        return hashlib.sha256(rows.numpy().tobytes() + str(len(self)).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ActivationStore:
+        """Read a finished recording.
+
+        Raises:
+            FileNotFoundError: nothing was recorded there.
+            ValueError: the recording was interrupted; run `record` again with the same arguments to finish it.
+        """
+        path = Path(folder) / CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"no recorded activations at {folder}")
+        config = json.loads(path.read_text())
+        if not config["finished"]:
+            raise ValueError(f"{folder}: the recording was interrupted; record again with the same prompts to finish it")
+        x = torch.cat([read_tensor(Path(folder) / name, "x") for name in config["shards"]])
+        return cls(x, read_tensor(Path(folder) / "weight.safetensors", "weight"), HookPoint.parse(config["hook_point"]))
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+class Folder:
+    """Folds activations that must be equal into one with a weight.
+
+    In a causal encoder a state depends on the tokens up to its own position only, so prompts that share a prefix share
+    its states; elsewhere the whole prompt is the key. Of the padding only the first position is kept: the rest repeats it.
+    """
+
+    def __init__(self, causal: bool) -> None:
+        self.causal = causal
+        self.seen: dict[bytes, int] = {}
+        self.weights: list[float] = []
+
+    def add(self, input_ids: Int[Tensor, "batch tokens"], content: Bool[Tensor, "batch tokens"]) -> list[tuple[int, int]]:
+        """Count a batch; return (row, position) of the activations that are new: content, the end token, one padding."""
+        new = []
+        positions = torch.arange(content.shape[1])
+        first = torch.where(content, positions, content.shape[1]).amin(1).tolist()
+        last = torch.where(content, positions, -1).amax(1).tolist()
+        for row, ids in enumerate(input_ids.numpy()):
+            for position in range(first[row], min(last[row] + 3, len(ids))):
+                prefix = ids[: position + 1] if self.causal else ids
+                key = hashlib.blake2b(prefix.tobytes() + position.to_bytes(4, "little"), digest_size=12).digest()
+                if key in self.seen:
+                    self.weights[self.seen[key]] += 1
+                else:
+                    self.seen[key] = len(self.weights)
+                    self.weights.append(1.0)
+                    new.append((row, position))
+        return new
+
+
+def record(
+    pipe: Any, site: HookPoint, prompts: PromptSet, out: str | Path | None = None, batch_size: int = 64, shard_prompts: int = 4096
+) -> ActivationStore:
+    """Run the prompts through the text encoder up to the hook point and keep every distinct activation.
+
+    With `out`, a shard is written for every `shard_prompts` prompts, and a recording that was stopped goes on after its
+    last shard.
+
+    Raises:
+        ValueError: no prompts, an unknown hook point, or `out` holds a recording of other prompts.
+    """
+    if len(prompts) == 0:
+        raise ValueError("record needs at least one prompt")
+    site.resolve(pipe)
+    unique = prompts.unique()
+    counted = Folder(pipelines.is_causal(pipelines.encoder_of(pipe, site.encoder)))
+    config = {
+        "kind": "activations", "itd_version": itd_version(), "hook_point": str(site), "prompts_sha256": prompts.sha256,
+        "shard_prompts": shard_prompts, "finished": False, "shards": [],
+    }  # fmt: skip
+    if out is not None:
+        claim_folder(Path(out), config)
+    shards = []
+    for start in range(0, len(unique), shard_prompts):
+        part = unique[start : start + shard_prompts]
+        path = None if out is None else Path(out) / f"activations-{start:08d}.safetensors"
+        shards.append(record_shard(pipe, site, part, counted, path, batch_size))
+    weight = torch.tensor(counted.weights)
+    store = ActivationStore(torch.cat(shards), weight, site)
+    if out is not None:
+        write_tensors(Path(out) / "weight.safetensors", {"weight": weight})
+        names = [f"activations-{start:08d}.safetensors" for start in range(0, len(unique), shard_prompts)]
+        config |= {"finished": True, "shards": names}
+        (Path(out) / CONFIG).write_text(json.dumps(config, indent=2))
+    return store
+
+
+def claim_folder(out: Path, config: dict[str, Any]) -> None:
+    """Make the folder, or check that what it holds is the same recording."""
+    path = out / CONFIG
+    if path.is_file():
+        found = json.loads(path.read_text())
+        for key in ("kind", "hook_point", "prompts_sha256", "shard_prompts"):
+            if found.get(key) != config[key]:
+                raise ValueError(f"{out} holds a recording with another {key}; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2))
+
+
+def record_shard(
+    pipe: Any, site: HookPoint, prompts: PromptSet, counted: Folder, path: Path | None, batch_size: int
+) -> Float[Tensor, "n d_model"]:
+    """Return the new activations of some prompts; a shard that is on disk is counted and read, not computed again."""
+    if path is not None and path.is_file():
+        tokens = pipelines.tokenize(pipe, site.encoder, prompts.texts).input_ids
+        content = pipelines.content_mask(tokens, pipelines.tokenizer_of(pipe, site.encoder))
+        x = read_tensor(path, "x")
+        if len(counted.add(tokens, content)) != len(x):
+            raise ValueError(f"{path} does not fit the prompts; delete the folder and record again")
+        return x
+    kept = []
+    for batch in stream(pipe, site, prompts, batch_size, desc="record activations"):
+        kept.extend(batch.x[row, position] for row, position in counted.add(batch.input_ids, batch.content))
+    x = torch.stack(kept) if kept else torch.empty(0, 0)
+    if path is not None:
+        write_tensors(path, {"x": x})
+    return x
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write to a temporary file, then rename; nothing half-written stays."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

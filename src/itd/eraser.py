@@ -1,0 +1,298 @@
+"""The eraser: a pure function of tensors that edits gated prompts, an artifact, and its algebra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from itd.artifacts import read_config, read_tensors, save_artifact
+from itd.features import ConceptFeatures
+from itd.gate import Decision, Gate, keep_features
+from itd.hooks import HookPoint
+from itd.sae import SAE
+
+if TYPE_CHECKING:
+    from itd.attachment import Attachment
+    from itd.explain import Check
+
+KIND = "eraser"
+EditMode = Literal["scale", "remove", "subtract", "replace"]
+EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace")
+ENCODER_TOLERANCE = 0.03
+"""Relative difference of the probe activation up to which two text encoders are the same one."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to a gated prompt.
+
+    scale:    x' = sum_j s_j acts_j W_dec[j] + b_dec, s_j = strength for features of the concept, else 1 (the paper's)
+    remove:   x' = x - sum_{j in c} acts_j W_dec[j]
+    subtract: x' = x + (strength - 1) sum_{j in c} acts_j W_dec[j]; keeps the autoencoder's error
+    replace:  tokens that name the concept take an anchor's activation, the others are edited as by `subtract`
+    """
+
+    mode: EditMode = "subtract"
+    strength: float = -3.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in EDITS:
+            raise ValueError(f"edit must be one of {EDITS}, got {self.mode!r}")
+
+    @property
+    def factor(self) -> float:
+        """What the features' contribution is multiplied by before it is added."""
+        return -1.0 if self.mode == "remove" else self.strength - 1.0
+
+
+class Erased(NamedTuple):
+    """Edited activations and, per prompt, the decision."""
+
+    x: Float[Tensor, "batch tokens d_model"]
+    decisions: list[Decision]
+
+
+@dataclass(frozen=True, eq=False)
+class Eraser:
+    """Erases concepts from the text encoder's activations at one hook point.
+
+    x' = x where the gate is silent; else the edit of the concepts that fired, at every position but the begin token.
+
+    Source: Tian et al. 2025, Interpret then Deactivate, section 4. The default edit keeps the autoencoder's error.
+    """
+
+    sae: SAE
+    hook_point: HookPoint
+    concepts: tuple[ConceptFeatures, ...]
+    gate: Gate
+    edit: Edit = field(default_factory=Edit)
+    fingerprint: Float[Tensor, " d_model"] | None = None
+    """Probe activation of the text encoder that it was made for."""
+    anchors: Float[Tensor, "2 d_model"] | None = None
+    """For `replace`: activations that stand in for the concept's token and for the end of the prompt."""
+    records: tuple[dict[str, Any], ...] = ()
+    """Per call of `erase` that went into it: calibration, prompts' hashes, settings."""
+
+    def __post_init__(self) -> None:
+        if not self.concepts:
+            raise ValueError("an eraser needs at least one concept")
+        if len(self.gate.thresholds) != len(self.concepts):
+            raise ValueError(f"{len(self.concepts)} concepts need as many thresholds, got {len(self.gate.thresholds)}")
+        n_latents = self.sae.config.n_latents
+        for concept in self.concepts:
+            if len(concept) and int(concept.indices.max()) >= n_latents:
+                raise ValueError(
+                    f"feature {int(concept.indices.max())} of {concept.name!r} is not in an autoencoder of {n_latents} latents"
+                )
+        if self.edit.mode == "replace" and self.anchors is None:
+            raise ValueError("the edit 'replace' needs anchors; make the eraser with itd.erase")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(concept.name for concept in self.concepts)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Float[Tensor, "batch tokens d_model"],
+        content: Bool[Tensor, "batch tokens"],
+        editable: Bool[Tensor, "batch tokens"],
+    ) -> Erased:
+        """Return the activations with gated prompts edited; rows that do not fire keep their bits.
+
+        `content`: tokens that the prompt wrote, on which the gate decides. `editable`: positions that may change.
+
+        Raises:
+            ValueError: wrong d_model, or NaN or infinity in the activations.
+        """
+        decisions = [self.decide(row[mask]) for row, mask in zip(x, content, strict=True)]
+        if not any(decision.fired for decision in decisions):
+            return Erased(x, decisions)
+        out = x.clone()
+        for row, decision in enumerate(decisions):
+            if decision.fired:
+                out[row] = self.edit_prompt(x[row], content[row], editable[row], decision)
+        return Erased(out, decisions)
+
+    def decide(self, x: Float[Tensor, "tokens d_model"]) -> Decision:
+        """Gate one prompt by the activations of its content tokens."""
+        return self.gate.decide(self.sae, self.concepts, x.float())
+
+    def edit_prompt(
+        self, x: Float[Tensor, "tokens d_model"], content: Tensor, editable: Tensor, decision: Decision
+    ) -> Float[Tensor, "tokens d_model"]:
+        """Edit one gated prompt by the features of the concepts that fired."""
+        hidden = x.float()
+        codes = self.sae.encode(hidden)
+        fired = [self.concepts[c] for c in decision.concepts]
+        indices = torch.cat([concept.indices for concept in fired]).unique()
+        written = self.sae.write(keep_features(codes, ConceptFeatures("", indices, torch.ones(len(indices)))))
+        base = self.sae.decode(codes) if self.edit.mode == "scale" else hidden
+        edited = base + self.edit.factor * written
+        if self.edit.mode == "replace":
+            edited = self.put_anchors(edited, content, decision)
+        return torch.where(editable[:, None], edited, hidden).to(x.dtype)
+
+    def put_anchors(self, edited: Float[Tensor, "tokens d_model"], content: Tensor, decision: Decision) -> Tensor:
+        """Set the anchor at tokens that reach the threshold by themselves, and behind the prompt's end."""
+        assert self.anchors is not None
+        thresholds = torch.tensor([self.gate.thresholds[c] for c in decision.concepts])
+        names_it = (decision.token_scores[:, list(decision.concepts)].cpu() >= thresholds).any(1)
+        positions = content.nonzero().flatten()
+        anchors = self.anchors.to(edited)
+        edited = edited.clone()
+        edited[positions[names_it.to(positions.device)]] = anchors[0]
+        edited[int(positions[-1]) + 1 :] = anchors[1]
+        return edited
+
+    def to(self, device: str | torch.device) -> Eraser:
+        """Return a copy whose autoencoder is on another device."""
+        return replace(self, sae=self.sae.to(device))
+
+    def with_edit(self, mode: EditMode, strength: float | None = None) -> Eraser:
+        """Return a copy that edits differently; gate and features stay."""
+        return replace(self, edit=Edit(mode, self.edit.strength if strength is None else strength))
+
+    def __or__(self, other: Eraser) -> Eraser:
+        """Erase what either erases. No training: more concepts are more features.
+
+        Raises:
+            ValueError: another autoencoder, hook point, text encoder, edit or score.
+        """
+        if self.sae is not other.sae and (self.sae.sha256 is None or self.sae.sha256 != other.sae.sha256):
+            raise ValueError("erasers join only over the same autoencoder; make both with the same SAE")
+        for what in ("hook_point", "edit"):
+            if getattr(self, what) != getattr(other, what):
+                raise ValueError(f"erasers join only with the same {what}: {getattr(self, what)} and {getattr(other, what)}")
+        if self.fingerprint is not None and other.fingerprint is not None:
+            self.require_encoder(other.fingerprint)
+        fresh = [i for i, name in enumerate(other.names) if name not in self.names]
+        if not fresh:
+            return self
+        added = replace(other.gate, thresholds=tuple(other.gate.thresholds[i] for i in fresh))
+        return replace(
+            self,
+            concepts=self.concepts + tuple(other.concepts[i] for i in fresh),
+            gate=self.gate | added,
+            records=self.records + other.records,
+        )
+
+    def require_encoder(self, fingerprint: Float[Tensor, " d_model"]) -> None:
+        """Raise ValueError if a probe activation is not that of the text encoder this eraser was made for."""
+        if self.fingerprint is None:
+            return
+        same_shape = fingerprint.shape == self.fingerprint.shape
+        difference = (fingerprint - self.fingerprint).norm() / self.fingerprint.norm() if same_shape else torch.tensor(1.0)
+        if not difference <= ENCODER_TOLERANCE:
+            raise ValueError(
+                f"the eraser was made for another text encoder (probe activation differs by {float(difference):.0%}); "
+                "make it again with itd.erase on this pipeline"
+            )
+
+    def attach(self, pipe: Any) -> Attachment:
+        """Enforce the eraser on a pipeline; a context manager and a handle with `remove()`.
+
+        Attached means enforced: a gate that did not run, embeddings passed by hand, a replaced text encoder or NaN
+        activations raise instead of passing. Negative prompts are not gated. Removal restores the pipeline bit for bit.
+
+        Raises:
+            ValueError: unknown hook point, another text encoder.
+        """
+        from itd.attachment import attach
+
+        return attach(self, pipe)
+
+    def check(self, pipe: Any, prompts: str | Sequence[str]) -> list[Check]:
+        """Say, per prompt: score, threshold, fired, and which tokens and features decided. Generates nothing."""
+        from itd.explain import check
+
+        return check(self, pipe, [prompts] if isinstance(prompts, str) else list(prompts))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the eraser: a few kB per concept. Its autoencoder is named by hash and place, not copied.
+
+        Raises:
+            ValueError: the autoencoder was never saved.
+        """
+        if self.sae.sha256 is None:
+            raise ValueError("save the autoencoder first (sae = sae.save(folder)): the eraser names it by its hash")
+        config = {
+            "sae": {"sha256": self.sae.sha256, "source": self.sae.source},
+            "hook_point": str(self.hook_point),
+            "concepts": [{"name": c.name, "n_features": len(c), "scale": c.scale, "offset": c.offset} for c in self.concepts],
+            "gate": self.gate.to_dict(),
+            "edit": asdict(self.edit),
+            "records": list(self.records),
+        }
+        tensors = {
+            "indices": torch.cat([concept.indices for concept in self.concepts]),
+            "weights": torch.cat([concept.weights for concept in self.concepts]),
+        }
+        for name in ("fingerprint", "anchors"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
+        save_artifact(folder, KIND, config, {"features": tensors})
+
+    @classmethod
+    def load(cls, folder: str | Path, sae: SAE | None = None) -> Eraser:
+        """Read what `save` wrote. The autoencoder is read from where it was, or given.
+
+        Raises:
+            FileNotFoundError: no eraser there.
+            ValueError: an altered file, or the autoencoder is another one or not to be found.
+        """
+        keys = ("sae", "hook_point", "concepts", "gate", "edit", "records")
+        config = read_config(folder, KIND, keys)
+        tensors = read_tensors(folder, config, "features")
+        sizes = [concept["n_features"] for concept in config["concepts"]]
+        indices, weights = tensors["indices"].split(sizes), tensors["weights"].split(sizes)
+        concepts = tuple(
+            ConceptFeatures(c["name"], i, w, c["scale"], c["offset"])
+            for c, i, w in zip(config["concepts"], indices, weights, strict=True)
+        )
+        return cls(
+            find_sae(config["sae"], sae, folder),
+            HookPoint.parse(config["hook_point"]),
+            concepts,
+            Gate.from_dict(config["gate"]),
+            Edit(**config["edit"]),
+            tensors.get("fingerprint"),
+            tensors.get("anchors"),
+            tuple(config["records"]),
+        )
+
+
+def find_sae(wanted: dict[str, Any], sae: SAE | None, folder: str | Path) -> SAE:
+    """Return the autoencoder that an eraser needs: the one given, or the one at its recorded place.
+
+    Raises:
+        ValueError: it is not there, or it is another one.
+    """
+    if sae is None:
+        try:
+            sae = SAE.load(resolve_source(wanted["source"]))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"the autoencoder of {folder} is not at {wanted['source']}; pass it: Eraser.load(folder, sae=...)"
+            ) from error
+    if sae.sha256 != wanted["sha256"]:
+        raise ValueError(
+            f"{folder} was made with another autoencoder (sha256 {wanted['sha256'][:12]}, given {str(sae.sha256)[:12]}); "
+            "pass the one it was made with"
+        )
+    return sae
+
+
+def resolve_source(source: str) -> Path:
+    """Return the folder of a recorded autoencoder; the shipped one is found wherever itd is installed."""
+    if source == "itd.emoji":
+        from itd.emoji import sae_folder
+
+        return sae_folder()
+    return Path(source)

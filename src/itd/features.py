@@ -1,0 +1,143 @@
+"""From codes to the features of a concept: streaming statistics, selection, set algebra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from itd.kernels import SparseCodes
+from itd.sae import SAE
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptFeatures:
+    """The features of one concept.
+
+    indices: (n_features,) latents, sorted, distinct; weights: (n_features,) of the matched filter, unit norm.
+    The score of a token is `scale * sum_j weights_j z_j + offset`; see `itd.gate`.
+    """
+
+    name: str
+    indices: Int[Tensor, " n_features"]
+    weights: Float[Tensor, " n_features"]
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __or__(self, other: ConceptFeatures) -> ConceptFeatures:
+        """Union; where both have a feature, the larger weight counts."""
+        indices = torch.cat([self.indices, other.indices]).unique()
+        weights = torch.maximum(self.spread(indices), other.spread(indices))
+        return ConceptFeatures(f"{self.name}, {other.name}", indices, weights)
+
+    def __sub__(self, other: ConceptFeatures) -> ConceptFeatures:
+        """Features of this concept that the other does not have."""
+        keep = ~torch.isin(self.indices, other.indices)
+        return ConceptFeatures(self.name, self.indices[keep], self.weights[keep], self.scale, self.offset)
+
+    def spread(self, indices: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return the weights at `indices`, 0 where this concept has no such feature."""
+        weights = torch.zeros(len(indices))
+        if len(self) == 0:
+            return weights
+        position = torch.searchsorted(self.indices, indices).clamp_max(len(self) - 1)
+        return torch.where(self.indices[position] == indices, self.weights[position], weights)
+
+
+class FeatureStats:
+    """Streaming statistics of per-prompt maxima `z_j = max over content tokens of acts_j`. Mergeable.
+
+    mean, variance: (n_latents,) over prompts; `union(k_sel)`: latents among the k_sel largest of any prompt.
+    """
+
+    def __init__(self, sae: SAE, k_sel: int = 128) -> None:
+        if k_sel < 1:
+            raise ValueError(f"k_sel must be at least 1, got {k_sel}")
+        self.sae, self.k_sel = sae, k_sel
+        n = sae.config.n_latents
+        self.n_prompts = 0
+        self.total = torch.zeros(n, dtype=torch.float64)
+        self.squares = torch.zeros(n, dtype=torch.float64)
+        self.largest = torch.zeros(n)
+        self.selected = torch.zeros(n, dtype=torch.bool)
+
+    def update(self, x: Float[Tensor, "batch tokens d_model"], mask: Bool[Tensor, "batch tokens"]) -> FeatureStats:
+        """Add prompts; `mask` marks the tokens that count."""
+        for row, kept in zip(x, mask, strict=True):
+            self.add(prompt_maxima(self.sae.encode(row[kept])))
+        return self
+
+    def add(self, maxima: SparseCodes) -> None:
+        """Add one prompt by its maxima: distinct indices (n,) and acts (n,)."""
+        indices, acts = maxima.indices, maxima.acts.double()
+        self.n_prompts += 1
+        self.total[indices] += acts
+        self.squares[indices] += acts.square()
+        self.largest[indices] = torch.maximum(self.largest[indices], maxima.acts)
+        top = maxima.acts.topk(min(self.k_sel, len(acts)))
+        self.selected[indices[top.indices[top.values > 0]]] = True
+
+    def __add__(self, other: FeatureStats) -> FeatureStats:
+        """Merge two runs over the same autoencoder."""
+        if self.sae is not other.sae or self.k_sel != other.k_sel:
+            raise ValueError("statistics merge only over the same autoencoder and k_sel")
+        merged = FeatureStats(self.sae, self.k_sel)
+        merged.n_prompts = self.n_prompts + other.n_prompts
+        merged.total, merged.squares = self.total + other.total, self.squares + other.squares
+        merged.largest, merged.selected = torch.maximum(self.largest, other.largest), self.selected | other.selected
+        return merged
+
+    @property
+    def mean(self) -> Float[Tensor, " n_latents"]:
+        return (self.total / max(1, self.n_prompts)).float()
+
+    @property
+    def variance(self) -> Float[Tensor, " n_latents"]:
+        mean = self.total / max(1, self.n_prompts)
+        return (self.squares / max(1, self.n_prompts) - mean.square()).clamp_min(0).float()
+
+    def union(self, name: str = "") -> ConceptFeatures:
+        """Return the union over prompts of their k_sel largest latents, weighted by their mean. Source: ItD, section 4.2."""
+        indices = self.selected.nonzero().flatten()
+        weights = self.mean[indices]
+        return ConceptFeatures(name, indices, weights / weights.norm().clamp_min(1e-12))
+
+
+def prompt_maxima(codes: SparseCodes) -> SparseCodes:
+    """Return, for the codes (tokens, k) of one prompt, every active latent once, with its largest act."""
+    indices, inverse = codes.indices.flatten().unique(return_inverse=True)
+    acts = torch.zeros(len(indices)).scatter_reduce_(0, inverse, codes.acts.flatten(), "amax")
+    active = acts > 0
+    return SparseCodes(acts[active], indices[active])
+
+
+def set_difference(target: FeatureStats, retain: FeatureStats, name: str) -> ConceptFeatures:
+    """Select as the paper does: the union over target prompts minus the union over retain prompts."""
+    return target.union(name) - retain.union()
+
+
+def matched_filter(
+    target: FeatureStats, retain: FeatureStats, name: str, n_features: int = 32, eps: float = 0.01
+) -> ConceptFeatures:
+    """Select the latents that tell a concept from the retained prompts, in closed form.
+
+    w_j = max(0, mean_target(z_j) - mean_retain(z_j)) / (var_retain(z_j) + eps * max var_retain); the `n_features` largest,
+    unit norm. This is Fisher's discriminant with a diagonal covariance.
+    """
+    variance = retain.variance
+    gap = (target.mean - retain.mean).clamp_min(0)
+    weights, indices = (gap / (variance + eps * variance.max().clamp_min(1e-12))).topk(min(n_features, len(gap)))
+    indices, order = indices[weights > 0].sort()
+    chosen = weights[weights > 0][order]
+    return ConceptFeatures(name, indices, chosen / chosen.norm().clamp_min(1e-12))
+
+
+def all_indices(concepts: Sequence[ConceptFeatures]) -> Int[Tensor, " n"]:
+    """Return the distinct features of several concepts, sorted."""
+    return torch.cat([concept.indices for concept in concepts] or [torch.zeros(0, dtype=torch.int64)]).unique()

@@ -1,0 +1,219 @@
+"""Decide whether a prompt contains a concept: scores, their calibration, the gate. Tensors only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from itd.features import ConceptFeatures, all_indices
+from itd.kernels import SparseCodes
+from itd.sae import SAE
+
+ScoreName = Literal["evidence", "contribution", "reconstruction"]
+SCORES: tuple[ScoreName, ...] = ("evidence", "contribution", "reconstruction")
+
+
+class Scores(NamedTuple):
+    """Scores of one prompt: per content token and concept, and per concept."""
+
+    tokens: Float[Tensor, "tokens concepts"]
+    concepts: Float[Tensor, " concepts"]
+
+
+def feature_acts(codes: SparseCodes, concepts: Sequence[ConceptFeatures]) -> tuple[Float[Tensor, "tokens n"], Tensor]:
+    """Return the acts of the target features at every token, dense over those features only, and the features."""
+    features = all_indices(concepts).to(codes.indices.device)
+    acts = torch.zeros(len(codes.acts), len(features) + 1, device=codes.acts.device)
+    if len(features) == 0:
+        return acts[:, :0], features
+    position = torch.searchsorted(features, codes.indices).clamp_max(len(features) - 1)
+    position = torch.where(features[position] == codes.indices, position, len(features))
+    acts.scatter_add_(1, position, codes.acts)
+    return acts[:, :-1], features
+
+
+def keep_features(codes: SparseCodes, concept: ConceptFeatures) -> SparseCodes:
+    """Set the acts of all other latents to zero."""
+    mine = torch.isin(codes.indices, concept.indices.to(codes.indices.device))
+    return SparseCodes(codes.acts * mine, codes.indices)
+
+
+def evidence(sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes) -> Float[Tensor, "tokens concepts"]:
+    """Return the matched filter's response, `scale_c * sum_j w_cj z_tj + offset_c`: summed inside a token.
+
+    In units of the concept: 0 is what the strongest retained prompts reach, 1 the median of the target prompts.
+    """
+    acts, features = feature_acts(codes, concepts)
+    features = features.cpu()
+    weights = torch.stack([concept.spread(features) for concept in concepts], 1).to(acts.device)
+    scale = torch.tensor([concept.scale for concept in concepts], device=acts.device)
+    offset = torch.tensor([concept.offset for concept in concepts], device=acts.device)
+    return acts @ weights * scale + offset
+
+
+def contribution(sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes) -> Float[Tensor, "tokens concepts"]:
+    """Return the norm of what each concept's features write, `|| sum_{j in c} z_tj W_dec[j] ||`."""
+    return torch.stack([sae.write(keep_features(codes, concept)).norm(dim=-1) for concept in concepts], 1)
+
+
+def reconstruction(
+    sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes, x: Float[Tensor, "tokens d_model"], strength: float
+) -> Float[Tensor, "tokens concepts"]:
+    """Return the paper's score, MSE(edited reconstruction, x), per token. Source: ItD, section 4.3."""
+    error = sae.decode(codes) - x
+    written = (sae.write(keep_features(codes, concept)) for concept in concepts)
+    return torch.stack([(error + (strength - 1) * part).square().mean(-1) for part in written], 1)
+
+
+def score(
+    name: ScoreName, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"], strength: float = -8.0
+) -> Scores:
+    """Score the content tokens of one prompt. Calibration and use both call this function.
+
+    Maximum over tokens; for `reconstruction` the mean, as the paper applies it. A prompt without content tokens scores
+    minus infinity: it never fires.
+    """
+    if len(x) == 0:
+        return Scores(torch.zeros(0, len(concepts)), torch.full((len(concepts),), -math.inf))
+    codes = sae.encode(x)
+    if name == "reconstruction":
+        tokens = reconstruction(sae, concepts, codes, x.to(sae.b_dec.dtype), strength)
+        return Scores(tokens, tokens.mean(0))
+    if name not in SCORES:
+        raise ValueError(f"score must be one of {SCORES}, got {name!r}")
+    tokens = (evidence if name == "evidence" else contribution)(sae, concepts, codes)
+    return Scores(tokens, tokens.amax(0))
+
+
+# Calibration
+
+
+def threshold_for_fpr(negatives: Float[Tensor, " n"], fpr: float) -> float:
+    """Return the smallest threshold that a new negative reaches with probability at most `fpr`.
+
+    The ceil((n + 1)(1 - fpr))-th smallest negative score, exceeded strictly: split conformal prediction. With too few
+    negatives for the rate, just above the largest.
+    """
+    if not 0 < fpr < 1:
+        raise ValueError(f"a false-positive rate lies between 0 and 1, got {fpr}")
+    ordered = negatives.sort().values
+    rank = min(math.ceil((len(ordered) + 1) * (1 - fpr)), len(ordered))
+    return float(torch.nextafter(ordered[rank - 1], torch.tensor(math.inf)))
+
+
+def threshold_for_recall(positives: Float[Tensor, " n"], recall: float) -> float:
+    """Return the largest threshold that a new positive reaches with probability at least `recall`.
+
+    The floor((n + 1)(1 - recall))-th smallest positive score; with too few positives, the smallest.
+    """
+    if not 0 < recall < 1:
+        raise ValueError(f"a recall lies between 0 and 1, got {recall}")
+    ordered = positives.sort().values
+    rank = max(math.floor((len(ordered) + 1) * (1 - recall)), 1)
+    return float(ordered[rank - 1])
+
+
+def auroc(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> float:
+    """Return the probability that a positive scores higher than a negative; ties count half."""
+    ordered = negatives.sort().values
+    below = torch.searchsorted(ordered, positives)
+    up_to = torch.searchsorted(ordered, positives, right=True)
+    return float((below + up_to).double().mean() / (2 * len(ordered)))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a threshold was chosen on and what it does there."""
+
+    rule: str
+    """`fpr=0.005`, `recall=0.95` or `0.99*min`."""
+    threshold: float
+    recall: float
+    """Share of the held-out target prompts at or above the threshold."""
+    false_positive_rate: float
+    """Share of the held-out retain and neutral prompts at or above it."""
+    auroc: float
+    n_positives: int
+    n_negatives: int
+    curve: tuple[tuple[float, float, float], ...] = ()
+    """ROC: (threshold, recall, false-positive rate), from the highest threshold down."""
+
+
+def calibrate(
+    positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"], *, fpr: float | None = None, recall: float | None = None
+) -> Calibration:
+    """Choose a threshold for a stated false-positive rate or recall; for the paper's `0.99 * min(positives)` give neither.
+
+    Raises:
+        ValueError: no positives or no negatives, or both rates given.
+    """
+    if len(positives) == 0 or len(negatives) == 0:
+        raise ValueError(f"calibration needs target and retain prompts, got {len(positives)} and {len(negatives)}")
+    if fpr is not None and recall is not None:
+        raise ValueError("give a false-positive rate or a recall, not both")
+    if fpr is not None:
+        rule, threshold = f"fpr={fpr}", threshold_for_fpr(negatives, fpr)
+    elif recall is not None:
+        rule, threshold = f"recall={recall}", threshold_for_recall(positives, recall)
+    else:
+        rule, threshold = "0.99*min", 0.99 * float(positives.min())
+
+    def rates(at: float) -> tuple[float, float]:
+        return float((positives >= at).double().mean()), float((negatives >= at).double().mean())
+
+    levels = torch.cat([positives, negatives]).quantile(torch.linspace(1, 0, 33).to(positives.dtype))
+    curve = tuple((float(level), *rates(float(level))) for level in levels)
+    return Calibration(
+        rule, threshold, *rates(threshold), auroc(positives, negatives), len(positives), len(negatives), curve
+    )
+
+
+class Decision(NamedTuple):
+    """What the gate says of one prompt. `score` and `threshold` are those of the concept with the largest margin."""
+
+    fired: bool
+    score: float
+    threshold: float
+    concepts: tuple[int, ...]
+    """Indices of the concepts that reached their threshold."""
+    token_scores: Float[Tensor, "tokens concepts"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A score and one threshold per concept: a prompt fires when any concept reaches its own."""
+
+    score: ScoreName
+    thresholds: tuple[float, ...]
+    strength: float = -8.0
+    """Strength inside the paper's score; the others do not use it."""
+
+    def decide(self, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"]) -> Decision:
+        """Decide on the content tokens of one prompt. Batch neighbours and padding have no part in it."""
+        scores = score(self.score, sae, concepts, x, self.strength)
+        thresholds = torch.tensor(self.thresholds, dtype=scores.concepts.dtype, device=scores.concepts.device)
+        margins = scores.concepts - thresholds
+        fired = tuple((margins >= 0).nonzero().flatten().tolist())
+        strongest = int(margins.argmax())
+        return Decision(
+            bool(fired), float(scores.concepts[strongest]), self.thresholds[strongest], fired, scores.tokens
+        )
+
+    def __or__(self, other: Gate) -> Gate:
+        """Join the gates of two erasers."""
+        if (self.score, self.strength) != (other.score, other.strength):
+            raise ValueError(f"gates join only with the same score and strength: {self.score!r} and {other.score!r}")
+        return Gate(self.score, self.thresholds + other.thresholds, self.strength)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "thresholds": list(self.thresholds), "strength": self.strength}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Gate:
+        return cls(values["score"], tuple(values["thresholds"]), values["strength"])

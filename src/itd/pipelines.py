@@ -1,0 +1,125 @@
+"""The only module that knows diffusers: encoders and tokenizers of a pipeline, token masks, the image model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from itd.hooks import HookPoint, run_up_to
+
+PROBE = "a photo of a thing"
+"""The prompt whose activation identifies a text encoder."""
+
+
+class Tokens(NamedTuple):
+    """Token ids as the pipeline makes them, and which of them the prompt wrote."""
+
+    input_ids: Int[Tensor, "batch tokens"]
+    attention_mask: Int[Tensor, "batch tokens"] | None
+    """Passed to the encoder only where the pipeline passes it."""
+
+
+def encoder_of(pipe: Any, name: str) -> nn.Module:
+    """Return a text encoder of the pipeline by component name."""
+    encoder = getattr(pipe, name, None)
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"the pipeline has no encoder {name!r}")
+    return encoder
+
+
+def tokenizer_of(pipe: Any, encoder: str) -> Any:
+    """Return the tokenizer that belongs to an encoder: `text_encoder_2` has `tokenizer_2`."""
+    name = encoder.replace("text_encoder", "tokenizer")
+    tokenizer = getattr(pipe, name, None)
+    if tokenizer is None:
+        raise ValueError(f"the pipeline has no {name!r} for the encoder {encoder!r}")
+    return tokenizer
+
+
+def image_model(pipe: Any) -> nn.Module:
+    """Return the network that the text conditions: `unet` or `transformer`."""
+    for name in ("unet", "transformer"):
+        model = getattr(pipe, name, None)
+        if isinstance(model, nn.Module):
+            return model
+    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
+
+
+def uses_attention_mask(encoder: nn.Module) -> bool:
+    return bool(getattr(encoder.config, "use_attention_mask", False))
+
+
+def is_causal(encoder: nn.Module) -> bool:
+    """Tell whether a token's state depends on the tokens before it only, as in CLIP."""
+    return str(getattr(encoder.config, "model_type", "")).startswith("clip")
+
+
+def tokenize(pipe: Any, encoder: str, prompts: Sequence[str]) -> Tokens:
+    """Tokenize exactly as the pipeline does: padded and cut to the tokenizer's `model_max_length`."""
+    tokenizer = tokenizer_of(pipe, encoder)
+    converted = [convert_prompt(pipe, prompt, tokenizer) for prompt in prompts]
+    batch = tokenizer(
+        converted, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    mask = batch.attention_mask if uses_attention_mask(encoder_of(pipe, encoder)) else None
+    return Tokens(batch.input_ids, mask)
+
+
+def convert_prompt(pipe: Any, prompt: str, tokenizer: Any) -> str:
+    """Expand textual-inversion tokens where the pipeline would."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return convert(prompt, tokenizer) if convert else prompt
+
+
+def first_end(input_ids: Int[Tensor, "batch tokens"], tokenizer: Any) -> Int[Tensor, " batch"]:
+    """Return the position of the first end token of each row, or the row's length where there is none."""
+    is_end = input_ids == tokenizer.eos_token_id
+    position = is_end.int().argmax(-1)
+    return torch.where(is_end.any(-1), position, input_ids.shape[-1])
+
+
+def content_mask(input_ids: Int[Tensor, "batch tokens"], tokenizer: Any) -> Bool[Tensor, "batch tokens"]:
+    """Mark the tokens that the prompt wrote: after the begin token, before the first end token."""
+    positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
+    mask = positions < first_end(input_ids, tokenizer)[:, None]
+    return mask & (input_ids != begin_token(tokenizer))
+
+
+def edit_mask(input_ids: Int[Tensor, "batch tokens"], tokenizer: Any) -> Bool[Tensor, "batch tokens"]:
+    """Mark the positions that an eraser may change: all but the begin token, padding included.
+
+    Padding carries the prompt too: in CLIP, states after the end token attend to every token before them.
+    """
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    if begin_token(tokenizer) is not None:
+        mask[:, 0] = input_ids[:, 0] != begin_token(tokenizer)
+    return mask
+
+
+def begin_token(tokenizer: Any) -> int | None:
+    """Return the id of the begin token, if the tokenizer writes one that differs from its end token."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return None if begin == tokenizer.eos_token_id else begin
+
+
+@torch.no_grad()
+def activations(pipe: Any, site: HookPoint, tokens: Tokens) -> Float[Tensor, "batch tokens d_model"]:
+    """Run the encoder up to the hook point and return its output there."""
+    encoder = encoder_of(pipe, site.encoder)
+    device = next(encoder.parameters()).device
+    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
+    return run_up_to(site.resolve(pipe), lambda: encoder(tokens.input_ids.to(device), attention_mask=mask))
+
+
+def fingerprint(pipe: Any, site: HookPoint) -> Float[Tensor, " d_model"]:
+    """Return what identifies the text encoder: the activation of a fixed prompt's last content token, fp32.
+
+    It is compared with tolerance, so a pipeline cast to half precision is still the same encoder.
+    """
+    tokens = tokenize(pipe, site.encoder, [PROBE])
+    last = int(first_end(tokens.input_ids, tokenizer_of(pipe, site.encoder))[0]) - 1
+    return activations(pipe, site, tokens)[0, last].float().cpu()

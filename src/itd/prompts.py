@@ -1,0 +1,248 @@
+"""Prompts with their concept and template, split by both, so that what is tested was never seen."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+Split = Literal["fit", "calibrate", "test"]
+SPLITS: tuple[Split, ...] = ("fit", "calibrate", "test")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `concept`: what it names, if it is known. `template`: the text with the concept taken out."""
+
+    text: str
+    concept: str | None = None
+    template: str | None = None
+    split: Split | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet(Sequence[Prompt]):
+    """An immutable sequence of prompts.
+
+    >>> prompts = PromptSet.from_names(["cat", "dog"], ["a photo of a {}"])
+    >>> [prompt.text for prompt in prompts]
+    ['a photo of a cat', 'a photo of a dog']
+    """
+
+    prompts: tuple[Prompt, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return PromptSet(self.prompts[index]) if isinstance(index, slice) else self.prompts[index]
+
+    def __add__(self, other: PromptSet) -> PromptSet:
+        return PromptSet(self.prompts + other.prompts)
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Concepts in order of first appearance."""
+        return tuple(dict.fromkeys(prompt.concept for prompt in self.prompts if prompt.concept is not None))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of texts and concepts, in order: what an artifact keeps of the prompts it was made from."""
+        rows = json.dumps([[prompt.text, prompt.concept] for prompt in self.prompts], ensure_ascii=False)
+        return hashlib.sha256(rows.encode()).hexdigest()
+
+    def filter(self, keep: Callable[[Prompt], bool]) -> PromptSet:
+        return PromptSet(tuple(prompt for prompt in self.prompts if keep(prompt)))
+
+    def of(self, split: Split) -> PromptSet:
+        """Return the prompts of one split."""
+        return self.filter(lambda prompt: prompt.split == split)
+
+    def about(self, concept: str) -> PromptSet:
+        """Return the prompts of one concept."""
+        return self.filter(lambda prompt: prompt.concept == concept)
+
+    def sample(self, n: int, seed: int = 0) -> PromptSet:
+        """Draw at most n prompts without replacement, in their order."""
+        if n >= len(self):
+            return self
+        chosen = sorted(random.Random(seed).sample(range(len(self)), n))
+        return PromptSet(tuple(self.prompts[i] for i in chosen))
+
+    def unique(self) -> PromptSet:
+        """Keep the first prompt of every text."""
+        return PromptSet(tuple({prompt.text: prompt for prompt in reversed(self.prompts)}.values())[::-1])
+
+    # Making prompt sets
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str]) -> PromptSet:
+        return cls(tuple(Prompt(text) for text in texts))
+
+    @classmethod
+    def from_names(cls, names: Iterable[str], templates: Sequence[str], split: Split | None = None) -> PromptSet:
+        """Fill every template's `{}` with every name; templates vary fastest.
+
+        Raises:
+            ValueError: a template has no `{}`.
+        """
+        for template in templates:
+            if "{}" not in template:
+                raise ValueError(f"the template {template!r} has no {{}} for the concept's name")
+        return cls(tuple(Prompt(fill(t, name), name, t, split) for name in names for t in templates))
+
+    @classmethod
+    def from_csv(cls, path: str | Path) -> PromptSet:
+        """Read a CSV with a column `prompt` and, if there are any, `concept` (or `class`) and `template`."""
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            require_prompt_column(path, reader.fieldnames or ())
+            return cls.from_rows(reader)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path) -> PromptSet:
+        """Read one JSON object per line, with the keys of `from_csv`."""
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        for row in rows:
+            require_prompt_column(path, tuple(row))
+        return cls.from_rows(rows)
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> PromptSet:
+        """Read a Parquet file with the columns of `from_csv`; needs pyarrow."""
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise ImportError("reading Parquet needs pyarrow: pip install pyarrow") from error
+        table = parquet.read_table(str(path))
+        require_prompt_column(path, table.column_names)
+        return cls.from_rows(table.to_pylist())
+
+    @classmethod
+    def from_text(cls, path: str | Path) -> PromptSet:
+        """Read one prompt per line."""
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return cls.from_texts(line.strip() for line in lines if line.strip())
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> PromptSet:
+        """Read a prompt file by its ending: .csv, .jsonl, .parquet or .txt.
+
+        Raises:
+            ValueError: the ending is none of these, or the file has no `prompt` column.
+            FileNotFoundError: there is no such file.
+        """
+        readers = {
+            ".csv": cls.from_csv,
+            ".jsonl": cls.from_jsonl,
+            ".parquet": cls.from_parquet,
+            ".txt": cls.from_text,
+        }
+        suffix = Path(path).suffix.lower()
+        if suffix not in readers:
+            raise ValueError(f"{path}: a prompt file ends in {', '.join(readers)}, not {suffix!r}")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no prompt file at {path}")
+        return readers[suffix](path)
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[dict[str, Any]]) -> PromptSet:
+        """Build from mappings; a template is recovered where the concept stands in the text."""
+        prompts = []
+        for row in rows:
+            text, concept = str(row["prompt"]), row.get("concept") or row.get("class") or None
+            template = row.get("template") or recover_template(text, concept)
+            prompts.append(Prompt(text, None if concept is None else str(concept), template))
+        return cls(tuple(prompts))
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write one JSON object per line; `from_jsonl` reads it back, without the splits."""
+        rows = ({"prompt": p.text, "concept": p.concept, "template": p.template} for p in self.prompts)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(path).write_text(text, encoding="utf-8")
+
+    # Splitting
+
+    def split_by_template(self, seed: int = 0, shares: tuple[float, float, float] = (0.5, 0.3, 0.2)) -> PromptSet:
+        """Assign splits so that no template (or, without one, no text) stands in two; every concept is in each.
+
+        Prompts that have a split keep it.
+        """
+        keys = sorted({p.template or p.text for p in self.prompts if p.split is None})
+        split_of = assign(keys, seed, shares)
+        return PromptSet(tuple(p if p.split else replace(p, split=split_of[p.template or p.text]) for p in self.prompts))
+
+    def split_by_concept_and_template(
+        self, seed: int = 0, shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    ) -> PromptSet:
+        """Assign splits so that neither a concept nor a template stands in two.
+
+        A prompt whose concept and template fall into different splits is dropped. Prompts that have a split keep
+        it; prompts without a concept are split by template.
+        """
+        loose = [prompt for prompt in self.prompts if prompt.split is None]
+        by_template = assign(sorted({p.template or p.text for p in loose}), seed, shares)
+        by_concept = assign(sorted({p.concept for p in loose if p.concept is not None}), seed + 1, shares)
+        kept = []
+        for prompt in self.prompts:
+            split = prompt.split or by_template[prompt.template or prompt.text]
+            if prompt.split or prompt.concept is None or by_concept[prompt.concept] == split:
+                kept.append(replace(prompt, split=split))
+        return PromptSet(tuple(kept))
+
+
+def fill(template: str, name: str) -> str:
+    """Put a name into a template and set "a" to "an" where the name begins with a vowel."""
+    if name[:1].lower() in "aeiou":
+        template = template.replace("a {}", "an {}") if template.startswith("a {}") else template.replace(" a {}", " an {}")
+    return template.format(name)
+
+
+def recover_template(text: str, concept: Any) -> str | None:
+    """Return the text with the concept replaced by `{}`, if the concept stands in it."""
+    if not concept or str(concept).lower() not in text.lower():
+        return None
+    start = text.lower().index(str(concept).lower())
+    return text[:start].replace("{", "").replace("}", "") + "{}" + text[start + len(str(concept)) :]
+
+
+def require_prompt_column(path: str | Path, columns: Iterable[str]) -> None:
+    if "prompt" not in columns:
+        raise ValueError(f"{path} has no column 'prompt'; its columns are {list(columns)}")
+
+
+def assign(keys: Sequence[str], seed: int, shares: tuple[float, float, float]) -> dict[str, Split]:
+    """Deal keys out to the splits, at random but the same for the same keys and seed; each split gets one if it can."""
+    order = list(keys)
+    random.Random(seed).shuffle(order)
+    bounds = [round(sum(shares[:i]) * len(order)) for i in range(4)]
+    if len(order) >= len(SPLITS):
+        bounds[1] = min(max(bounds[1], 1), len(order) - 2)
+        bounds[2] = min(max(bounds[2], bounds[1] + 1), len(order) - 1)
+    return {key: split for i, split in enumerate(SPLITS) for key in order[bounds[i] : bounds[i + 1]]}
+
+
+def check_leaks(fit: PromptSet, held_out: PromptSet, *, concepts: bool = True) -> None:
+    """Raise ValueError if the held-out prompts share a text, a template or (if `concepts`) a concept with `fit`."""
+    shared = {"text": set(fit.texts) & set(held_out.texts)}
+    shared["template"] = {p.template for p in fit if p.template} & {p.template for p in held_out if p.template}
+    if concepts:
+        shared["concept"] = set(fit.concepts) & set(held_out.concepts)
+    for kind, values in shared.items():
+        if values:
+            raise ValueError(
+                f"{len(values)} held-out prompts leak by {kind}, as {sorted(values)[0]!r}: "
+                "split with PromptSet.split_by_concept_and_template"
+            )

@@ -1,0 +1,177 @@
+"""The top-k sparse autoencoder, for inference: encode, decode, save, load."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from itd.artifacts import artifact_sha256, read_config, read_tensors, save_artifact
+from itd.hooks import HookPoint
+from itd.kernels import SparseCodes, sparse_decode, topk_encode
+
+KIND = "sae"
+TRAINING_COPIES = 4
+"""Weights, two Adam moments and working rows, per parameter, while training."""
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """Size of a top-k sparse autoencoder."""
+
+    d_model: int
+    """Width of the residual stream at the hook point."""
+    n_latents: int = 2**19
+    """Rows of encoder and decoder."""
+    k: int = 64
+    """Latents that may be active at a position."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_latents", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.k > self.n_latents:
+            raise ValueError(f"k must be at most n_latents = {self.n_latents}, got {self.k}")
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the weights in fp32."""
+        return 4 * (2 * self.n_latents * self.d_model + self.n_latents + self.d_model)
+
+    def require_memory(self, copies: int = 1, available: int | None = None) -> None:
+        """Raise ValueError if `copies` of the weights do not fit, naming the largest n_latents that does."""
+        available = available_memory() if available is None else available
+        if copies * self.n_bytes > available:
+            largest = max(0, available // copies // 4 - self.d_model) // (2 * self.d_model + 1)
+            raise ValueError(
+                f"n_latents = {self.n_latents} needs {copies * self.n_bytes / 1e9:.1f} GB, "
+                f"{available / 1e9:.1f} GB are available: the largest n_latents that fits is {largest}"
+            )
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that can be allocated now, as the operating system estimates them."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+@dataclass(frozen=True, eq=False)
+class SAE:
+    """A top-k sparse autoencoder.
+
+    acts, indices = topk(relu((x - b_dec) @ W_enc.T + b_enc), k);  x_hat = sum_j acts_j W_dec[indices_j] + b_dec
+
+    W_enc, W_dec: (n_latents, d_model), decoder rows of unit norm; b_enc: (n_latents,); b_dec: (d_model,).
+
+    Source: Gao et al. 2024, Scaling and evaluating sparse autoencoders, section 2.
+    """
+
+    config: SAEConfig
+    W_enc: Float[Tensor, "n_latents d_model"]
+    b_enc: Float[Tensor, " n_latents"]
+    W_dec: Float[Tensor, "n_latents d_model"]
+    b_dec: Float[Tensor, " d_model"]
+    hook_point: HookPoint | None = None
+    """Where the activations came from that it was trained on."""
+    source: str | None = None
+    """Folder that it was loaded from."""
+    sha256: str | None = None
+    """Hash of the saved files; None until it is saved or loaded."""
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    """What training measured: `fvu`, `dead_share`, `tokens`, `seconds`."""
+
+    def __post_init__(self) -> None:
+        c = self.config
+        shapes = {"W_enc": (c.n_latents, c.d_model), "b_enc": (c.n_latents,), "W_dec": (c.n_latents, c.d_model), "b_dec": (c.d_model,)}
+        for name, shape in shapes.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, the config asks for {shape}")
+
+    @classmethod
+    def random(cls, config: SAEConfig, seed: int = 0, hook_point: HookPoint | None = None) -> SAE:
+        """Make an autoencoder with random weights and biases, for tests and benchmarks."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        W_dec = torch.nn.functional.normalize(draw(config.n_latents, config.d_model), dim=1)
+        W_enc = W_dec + 0.1 * draw(config.n_latents, config.d_model) / config.d_model**0.5
+        b_enc, b_dec = 0.1 * draw(config.n_latents), 0.1 * draw(config.d_model)
+        return cls(config, W_enc, b_enc, W_dec, b_dec, hook_point)
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> SparseCodes:
+        """Return the k largest latents of each position.
+
+        Raises:
+            ValueError: the last dimension is not d_model, or x is not finite.
+        """
+        if x.shape[-1] != self.config.d_model:
+            raise ValueError(f"activations have d_model {x.shape[-1]}, this autoencoder takes {self.config.d_model}")
+        if not x.isfinite().all():
+            raise ValueError("activations contain NaN or infinity: the text encoder overflowed; use fp32 or bf16")
+        flat = x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
+        acts, indices = topk_encode(flat, self.W_enc, self.b_enc, self.b_dec, self.config.k)
+        shape = (*x.shape[:-1], acts.shape[-1])
+        return SparseCodes(acts.reshape(shape), indices.reshape(shape))
+
+    def write(self, codes: SparseCodes) -> Float[Tensor, "*batch d_model"]:
+        """Return `sum_j acts_j W_dec[indices_j]`: what latents write, without the bias."""
+        k = codes.acts.shape[-1]
+        flat = SparseCodes(codes.acts.reshape(-1, k), codes.indices.reshape(-1, k))
+        return sparse_decode(flat, self.W_dec).reshape(*codes.acts.shape[:-1], -1)
+
+    def decode(self, codes: SparseCodes) -> Float[Tensor, "*batch d_model"]:
+        """Return the reconstruction x_hat."""
+        return self.write(codes) + self.b_dec
+
+    def fvu(self, x: Float[Tensor, "n d_model"], batch_size: int = 1024) -> float:
+        """Return the fraction of variance unexplained: MSE(x_hat, x) / variance of x."""
+        errors = [(self.decode(self.encode(batch)) - batch).square().sum() for batch in x.split(batch_size)]
+        return float(torch.stack(errors).sum() / (x - x.mean(0)).square().sum())
+
+    def to(self, device: str | torch.device) -> SAE:
+        """Return a copy on another device."""
+        tensors = {name: value.to(device) for name, value in self._tensors().items()}
+        return SAE(self.config, **tensors, hook_point=self.hook_point, source=self.source, sha256=self.sha256, metrics=self.metrics)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> SAE:
+        """Write the autoencoder to a folder and return it as loaded from there.
+
+        `dtype`: fp16 halves the file; it is computed with in fp32 in any case.
+        """
+        hook_point = None if self.hook_point is None else str(self.hook_point)
+        config = {"sae": asdict(self.config), "hook_point": hook_point, "metrics": self.metrics}
+        tensors = {name: value.to(dtype) for name, value in self._tensors().items()}
+        save_artifact(folder, KIND, config, {"sae": tensors})
+        return SAE.load(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SAE:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no autoencoder there.
+            ValueError: a file is truncated, altered, or of another kind.
+        """
+        config = read_config(folder, KIND, ("sae", "hook_point", "metrics"))
+        tensors = {name: value.float() for name, value in read_tensors(folder, config, "sae").items()}
+        hook_point = None if config["hook_point"] is None else HookPoint.parse(config["hook_point"])
+        details: dict[str, Any] = {
+            "hook_point": hook_point,
+            "source": str(Path(folder).resolve()),
+            "sha256": artifact_sha256(config),
+            "metrics": config["metrics"],
+        }
+        return cls(SAEConfig(**config["sae"]), **tensors, **details)
