@@ -69,8 +69,11 @@ class FeatureStats:
 
     def update(self, x: Float[Tensor, "batch tokens d_model"], mask: Bool[Tensor, "batch tokens"]) -> FeatureStats:
         """Add prompts; `mask` marks the tokens that count."""
-        for row, kept in zip(x, mask, strict=True):
-            self.add(prompt_maxima(self.sae.encode(row[kept])))
+        codes, start = self.sae.encode(x[mask]), 0
+        for n_tokens in mask.sum(1).tolist():
+            rows = slice(start, start + n_tokens)
+            self.add(prompt_maxima(SparseCodes(codes.acts[rows], codes.indices[rows])))
+            start += n_tokens
         return self
 
     def add(self, maxima: SparseCodes) -> None:

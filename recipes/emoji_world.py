@@ -1,0 +1,33 @@
+"""Build the embedded world that ships in models/emoji.
+
+Run:       python -m recipes.emoji_world            (all stages; resumable)
+Needs:     npm for the sources, pip install 'itd[emoji]'
+Expected:  see models/emoji/README.md, which the recipe writes: accuracies, hardware and time
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from itd.emoji.build import WorldConfig, build_world
+from itd.emoji.stages import StageConfig
+from itd.emoji.unet import PoolConfig
+from itd.sae import SAEConfig
+from itd.training import TrainConfig
+
+WORLD = WorldConfig(
+    vae=StageConfig(steps=2800, batch_size=32, lr=2e-3, warmup=50, weight_decay=0.0),
+    clip=StageConfig(steps=800, batch_size=192, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
+    judge=StageConfig(steps=800, batch_size=128, lr=2e-3, weight_decay=0.02, ema_decay=0.99),
+    unet=StageConfig(steps=7000, batch_size=64, lr=8e-4, warmup=200, weight_decay=0.01, ema_decay=0.998),
+    pool=PoolConfig(),
+    sae=SAEConfig(d_model=256, n_latents=16_384, k=32),
+    sae_training=TrainConfig(),
+)
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    build_world(WORLD)

@@ -1,0 +1,212 @@
+"""Build the embedded world from the npm packages: fetch, render, train each part, assemble, evaluate, write the card.
+
+Every stage keeps what it made under one folder and is skipped, or goes on, when it is run again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import tarfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from itd.activations import record
+from itd.emoji.clip import clip_processor, tokenizer_texts, train_clip, train_tokenizer
+from itd.emoji.data import DESIGNS, NAMES_SOURCE, SOURCES, WORDS_SOURCE, World, render_world
+from itd.emoji.judge import Judge, train_judge
+from itd.emoji.stages import StageConfig
+from itd.emoji.unet import PoolConfig, build_pool, build_scheduler, train_unet
+from itd.emoji.vae import train_vae
+from itd.sae import SAEConfig
+from itd.training import TrainConfig, train
+
+logger = logging.getLogger(__name__)
+
+N_WORDS = 6000
+"""Common English words that captions are mixed with."""
+PREFIX = "text_model."
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Settings of every stage."""
+
+    vae: StageConfig
+    clip: StageConfig
+    judge: StageConfig
+    unet: StageConfig
+    pool: PoolConfig
+    sae: SAEConfig
+    sae_training: TrainConfig
+    work: Path = Path("runs/emoji")
+    """Where sources, checkpoints and unassembled parts are kept."""
+    out: Path = Path("models/emoji")
+    """The shipped folder."""
+
+
+def package_folder(package: str, sources: Path) -> Path:
+    """Return the unpacked npm package, fetching it when it is not there.
+
+    Raises:
+        RuntimeError: npm is missing or could not get the package.
+    """
+    folder = sources / package.replace("@", "").replace("/", "-")
+    if not (folder / "package").is_dir():
+        if shutil.which("npm") is None:
+            raise RuntimeError("npm is needed to fetch the emoji designs: install Node.js")
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"npm pack {package} failed: {done.stderr.strip()}")
+        with tarfile.open(folder / done.stdout.split()[-1]) as archive:
+            archive.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def fetch_world(config: WorldConfig) -> tuple[World, list[str]]:
+    """Fetch the designs and names, render them once, and return the world and the filler words."""
+    sources, folder = config.work / "sources", config.work / "world"
+    words_file = package_folder(WORDS_SOURCE, sources) / "build" / "resources" / "english.txt"
+    words = [word for word in words_file.read_text(encoding="utf-8").split() if len(word) > 1][:N_WORDS]
+    if not (folder / "renders.npz").exists():
+        packages = {design: package_folder(package, sources) for design, package in SOURCES.items()}
+        render_world(packages, package_folder(NAMES_SOURCE, sources)).save(folder)
+    return World.load(folder), words
+
+
+def build_world(config: WorldConfig) -> None:
+    """Run every stage that is not done, then assemble and evaluate."""
+    from itd.emoji.evaluate import evaluate_world
+
+    world, words = fetch_world(config)
+    tokenizer = build_tokenizer(world, words, config)
+    judge = build_judge(world, config)
+    vae = build_vae_stage(world, config)
+    clip = build_clip_stage(world, words, tokenizer, config)
+    build_unet_stage(world, words, vae, clip, tokenizer, config)
+    assemble(world, words, judge, config)
+    train_sae(config)
+    evaluate_world(config)
+
+
+def build_tokenizer(world: World, words: list[str], config: WorldConfig) -> CLIPTokenizer:
+    folder = config.work / "tokenizer"
+    if not folder.exists():
+        train_tokenizer(tokenizer_texts(world, words), folder)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def build_judge(world: World, config: WorldConfig) -> Judge:
+    if not (config.work / "judge").exists():
+        train_judge(world, config.judge, config.work)
+    return Judge.load(config.work / "judge")
+
+
+def build_vae_stage(world: World, config: WorldConfig) -> AutoencoderKL:
+    if not (config.work / "vae").exists():
+        train_vae(world, config.vae, config.work)
+    return AutoencoderKL.from_pretrained(config.work / "vae", local_files_only=True).eval()
+
+
+def build_clip_stage(world: World, words: list[str], tokenizer: CLIPTokenizer, config: WorldConfig) -> CLIPModel:
+    if not (config.work / "clip").exists():
+        train_clip(world, words, tokenizer, config.clip, config.work)
+    return CLIPModel.from_pretrained(config.work / "clip", local_files_only=True).eval()
+
+
+def text_tower(clip: CLIPModel) -> CLIPTextModel:
+    """Return the text tower of a CLIP as the text encoder of a pipeline, fp32."""
+    encoder = CLIPTextModel(clip.config.text_config).eval()
+    tower = {f"text_model.{key.removeprefix(PREFIX)}": value for key, value in clip.text_model.state_dict().items()}
+    has_prefix = any(key.startswith(PREFIX) for key in encoder.state_dict())
+    encoder.load_state_dict(tower if has_prefix else {key.removeprefix(PREFIX): v for key, v in tower.items()})
+    return encoder
+
+
+def build_unet_stage(
+    world: World, words: list[str], vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, config: WorldConfig
+) -> UNet2DConditionModel:
+    if not (config.work / "unet").exists():
+        pool = build_pool(world, words, vae, text_tower(clip), tokenizer, config.pool, config.work)
+        train_unet(pool, config.unet, config.work)
+    return UNet2DConditionModel.from_pretrained(config.work / "unet", local_files_only=True).eval()
+
+
+def assemble(world: World, words: list[str], judge: Judge, config: WorldConfig) -> None:
+    """Write the shipped folder: the pipeline, the CLIP and the judge in fp16, nouns and words.
+
+    Unfinished training can be assembled too: the parts are read from the working folder.
+    """
+    out, work = config.out, config.work
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", local_files_only=True)
+    clip = CLIPModel.from_pretrained(work / "clip", local_files_only=True).half()
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae", local_files_only=True).half(),
+        text_encoder=text_tower(clip.float()).half(), tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_pretrained(work / "unet", local_files_only=True).half(),
+        scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    pipe.save_pretrained(out)
+    add_prefix(out / "text_encoder" / "model.safetensors")
+    save_clip(clip.half(), tokenizer, out)
+    judge.save(out / "judge")
+    shutil.copy(work / "world" / "nouns.json", out / "nouns.json")
+    (out / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+
+
+def add_prefix(path: Path) -> None:
+    """Name text-encoder weights as published checkpoints do, `text_model.*`, which old and new transformers read."""
+    tensors = load_file(path)
+    save_file({PREFIX + key.removeprefix(PREFIX): value for key, value in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
+    """Write the CLIP as two shards, of which the text tower is the pipeline's own file: it is not stored twice."""
+    folder = out / "clip"
+    shutil.rmtree(folder, ignore_errors=True)
+    clip.config.save_pretrained(folder)
+    clip_processor(tokenizer).save_pretrained(folder)
+    rest = {k: v.contiguous() for k, v in clip.state_dict().items() if not k.startswith(PREFIX)}
+    save_file(rest, folder / "model-rest.safetensors", metadata={"format": "pt"})
+    text_file = "../text_encoder/model.safetensors"
+    shards = {key: "model-rest.safetensors" for key in rest}
+    shards |= {key: text_file for key in load_file(out / "text_encoder" / "model.safetensors")}
+    index = {"metadata": {"total_size": sum(p.numel() * 2 for p in clip.parameters())}, "weight_map": shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def train_sae(config: WorldConfig) -> None:
+    """Record the world's prompts at the hook point and train the shipped autoencoder, in fp16."""
+    from itd.emoji import HOOK_POINT, load_pipeline
+    from itd.emoji.prompts import world_prompts
+
+    pipe = load_pipeline(config.out)
+    store = record(pipe, HOOK_POINT, world_prompts(), config.work / "activations")
+    sae = train(store, config.sae, config.sae_training, config.work / "sae")
+    sae.save(config.out / "sae", torch.float16)
+
+
+def quick(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
+    """Return a configuration of a few steps per stage, which shows that the recipe runs."""
+
+    def few(stage: StageConfig) -> StageConfig:
+        return replace(stage, steps=2, batch_size=8)
+
+    return replace(
+        config, vae=few(config.vae), clip=few(config.clip), judge=few(config.judge), unet=few(config.unet),
+        pool=PoolConfig(64, 16), sae_training=replace(config.sae_training, n_tokens=2048), work=work, out=out,
+    )  # fmt: skip
+
+
+def designs_of(world: World) -> dict[str, int]:
+    """Return how many images each design contributes."""
+    return {design: int((world.design == index).sum()) for index, design in enumerate(DESIGNS)}

@@ -1,0 +1,40 @@
+"""Sentences to put a concept's name into, dealt to three splits. No frame stands in two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from itd.prompts import PromptSet, Split
+
+TEMPLATES: dict[Split, tuple[str, ...]] = {
+    "fit": (
+        "a {}", "{}", "a photo of a {}", "an image of {}", "a painting of a {}", "a drawing of {} in the park", "a portrait of {}",
+        "the {} next to a house", "a sketch of a {} and a tree", "{} with a cup", "a small {} on a table, highly detailed",
+        "a red car and a {}", "{}, digital art", "there is a {} in the picture", "an old {} by the window", "a happy {} with a ball",
+        "a close-up of the {} at night", "two people and a {}", "a picture of a clock and {}", "a big {} in the city, vector art",
+        "an icon of {} on a blue background", "my {}", "a {} for a birthday card", "a phone, a book and {}",
+    ),
+    "calibrate": (
+        "a picture of {}", "an illustration of a {}", "a poster with {} and a star", "look at the {}", "a cartoon of a {}, 4k",
+        "a beautiful {} in winter", "a {} beside a lamp", "a rendering of {}", "{} near a door, soft light", "a print of a {} and a flower",
+        "a watercolor of {}", "a funny {} looking at the camera", "a shiny {}, red background", "a bottle next to {}",
+        "a strange {} with a hat", "show me {}",
+    ),
+    "test": (
+        "a snapshot of {}", "a clay model of a {}", "a detailed postcard showing {}", "a tired {} under a bridge", "{} in a museum",
+        "an early morning with a {}", "a mug printed with {}", "a minimal graphic of the {}", "a girl dreams of a {}", "{} and a spoon",
+    ),
+}  # fmt: skip
+
+
+def concept_prompts(names: Iterable[str], splits: Iterable[Split] = ("fit", "calibrate")) -> PromptSet:
+    """Put every name into every template of the given splits; the prompts carry their split.
+
+    >>> len(concept_prompts(["cat"], ["test"]))
+    10
+    """
+    listed = list(names)
+    prompts = PromptSet()
+    for split in splits:
+        prompts = prompts + PromptSet.from_names(listed, TEMPLATES[split], split)
+    return prompts
