@@ -1,4 +1,4 @@
-"""Tiny real pipelines, built offline from random weights, and an eraser that knows one word from the others."""
+"""Fixtures for all tests: tiny pipelines, an autoencoder, erasers. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -6,101 +6,60 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tiny import NOUNS, SITE, build_pipeline, build_tokenizer, build_xl_pipeline, make_eraser, make_sae, make_store
+from transformers import CLIPTokenizer
 
-from itd import SAE, ActivationStore, HookPoint, PromptSet, SAEConfig
-
-D_MODEL, N_LAYERS, MAX_TOKENS = 32, 3, 24
-SITE = HookPoint("text_encoder", "encoder.layers.1")
-NOUNS = ("cat", "dog", "horse", "house", "tree", "boat", "lamp", "cup")
-FRAMES = (
-    "a {}", "a photo of a {}", "a drawing of the {}", "one {} in the park", "my {} at night", "a big red {}", "the {} by a window",
-    "two people and a {}", "a small {} on a table",
-)  # fmt: skip
+from itd import SAE, ActivationStore, Eraser, HookPoint
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """Build a CLIP tokenizer whose words are those of the frames and nouns; other text falls into letters."""
-    from tokenizers import pre_tokenizers
-
-    words = sorted({word for frame in FRAMES for word in frame.replace("{}", "").split()} | set(NOUNS))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    merges: list[tuple[str, str]] = []
-    for piece in [*letters, *(letter + "</w>" for letter in letters)]:
-        vocabulary.setdefault(piece, len(vocabulary))
-    for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            pair = (pieces[-2], pieces[-1])
-            pieces[-2:] = ["".join(pair)]
-            if pair not in merges:
-                merges.append(pair)
-            vocabulary.setdefault(pieces[-1], len(vocabulary))
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+@pytest.fixture(scope="session")
+def tokenizer() -> CLIPTokenizer:
+    return build_tokenizer()
 
 
-def randomise(module: nn.Module, seed: int, scale: float = 0.3) -> nn.Module:
-    """Draw every parameter anew: zero biases and unit norms, which training starts from, hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        parameter.data = offset + scale * torch.randn(parameter.shape, generator=generator)
-    return module.eval().requires_grad_(False)
+@pytest.fixture
+def pipe(tokenizer: CLIPTokenizer) -> Any:
+    """A StableDiffusionPipeline, the same every time and nobody else's."""
+    return build_pipeline(tokenizer)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0, projection: bool = False) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=D_MODEL, intermediate_size=64, num_hidden_layers=N_LAYERS, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, projection_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    return randomise((CLIPTextModelWithProjection if projection else CLIPTextModel)(config), seed)
+@pytest.fixture
+def xl_pipe(tokenizer: CLIPTokenizer) -> Any:
+    """A StableDiffusionXLPipeline, the same every time and nobody else's."""
+    return build_xl_pipeline(tokenizer)
 
 
-def image_parts(cross_attention_dim: int, **unet: Any) -> dict[str, Any]:
-    """Build the image half of a pipeline: pictures of 16 x 16 pixels."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=16,
-    )  # fmt: skip
-    model = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=cross_attention_dim, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, **unet,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, beta_schedule="scaled_linear", set_alpha_to_one=False)
-    return {"vae": randomise(vae, 11, 0.1), "unet": randomise(model, 12, 0.1), "scheduler": scheduler}
+@pytest.fixture
+def site() -> HookPoint:
+    return SITE
 
 
-def build_pipeline(tokenizer: CLIPTokenizer) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline(
-        text_encoder=build_text_encoder(tokenizer), tokenizer=tokenizer, **image_parts(D_MODEL), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+@pytest.fixture(scope="session")
+def sae(tokenizer: CLIPTokenizer) -> SAE:
+    return make_sae(build_pipeline(tokenizer))
 
 
-def build_xl_pipeline(tokenizer: CLIPTokenizer) -> Any:
-    from diffusers import StableDiffusionXLPipeline
+@pytest.fixture(scope="session")
+def saved_sae(sae: SAE, tmp_path_factory: pytest.TempPathFactory) -> SAE:
+    return sae.save(tmp_path_factory.mktemp("artifacts") / "sae")
 
-    parts = image_parts(
-        2 * D_MODEL, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=16 + 6 * 4
-    )
-    pipe = StableDiffusionXLPipeline(
-        text_encoder=build_text_encoder(tokenizer), text_encoder_2=build_text_encoder(tokenizer, 1, projection=True),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, **parts, add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+@pytest.fixture(scope="session")
+def eraser(tokenizer: CLIPTokenizer, sae: SAE) -> Eraser:
+    """Erases "house", and fires on nothing else."""
+    return make_eraser(build_pipeline(tokenizer), sae, "house")
+
+
+@pytest.fixture(scope="session")
+def boat_eraser(tokenizer: CLIPTokenizer, sae: SAE) -> Eraser:
+    """Erases "boat", and fires on nothing else."""
+    return make_eraser(build_pipeline(tokenizer), sae, "boat")
+
+
+@pytest.fixture(scope="session")
+def store() -> ActivationStore:
+    """Activations that a dictionary can explain: sums of a few directions, with some noise."""
+    return make_store()

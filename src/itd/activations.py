@@ -36,7 +36,9 @@ class Batch:
     editable: Bool[Tensor, "batch tokens"]
 
 
-def stream(pipe: Any, site: HookPoint, prompts: PromptSet, batch_size: int = 64, desc: str = "encode prompts") -> Iterator[Batch]:
+def stream(
+    pipe: Any, site: HookPoint, prompts: PromptSet, batch_size: int = 64, desc: str = "encode prompts"
+) -> Iterator[Batch]:
     """Yield activations of the prompts, batch by batch, in fp32, with a progress bar when it takes long."""
     tokenizer = pipelines.tokenizer_of(pipe, site.encoder)
     starts = range(0, len(prompts), batch_size)
@@ -54,9 +56,7 @@ class ActivationStore:
     x: (n, d_model) fp32; weight: (n,) occurrences. On disk: `config.json` and one safetensors file per shard.
     """
 
-    def __init__(
-        self, x: Float[Tensor, "n d_model"], weight: Float[Tensor, " n"], hook_point: HookPoint | None = None
-    ) -> None:
+    def __init__(self, x: Float[Tensor, "n d_model"], weight: Float[Tensor, " n"], hook_point: HookPoint | None = None) -> None:
         if len(x) == 0:
             raise ValueError("an activation store needs at least one activation; the prompts have no content tokens")
         if not x.isfinite().all():
@@ -131,7 +131,12 @@ class Folder:
 
 
 def record(
-    pipe: Any, site: HookPoint, prompts: PromptSet, out: str | Path | None = None, batch_size: int = 64, shard_prompts: int = 4096
+    pipe: Any,
+    site: HookPoint,
+    prompts: PromptSet,
+    out: str | Path | None = None,
+    batch_size: int = 64,
+    shard_prompts: int = 4096,
 ) -> ActivationStore:
     """Run the prompts through the text encoder up to the hook point and keep every distinct activation.
 

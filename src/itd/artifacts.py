@@ -52,9 +52,7 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def save_artifact(
-    folder: str | Path, kind: str, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def save_artifact(folder: str | Path, kind: str, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write tensors as `{name}.safetensors` and a `config.json` with their hashes."""
 
     def write(temporary: Path) -> None:

@@ -230,7 +230,9 @@ def run_together(pipe: Any, judge: Judge, outcomes: list[Outcome], config: DemoC
     for outcome in outcomes[1:]:
         eraser = eraser | outcome.eraser
     nouns = tuple(name for outcome in outcomes for name in outcome.subject.nouns)
-    cases = [case for outcome in outcomes for kind in KINDS for case in [c for c in outcome.subject.cases if c.kind == kind][:2]]
+    cases = [
+        case for outcome in outcomes for kind in KINDS for case in [c for c in outcome.subject.cases if c.kind == kind][:2]
+    ]
     design = next((outcome.subject.design for outcome in outcomes if outcome.subject.design), None)
     return draw(pipe, judge, Together("all together", nouns, design, tuple(cases)), eraser, config)
 
@@ -274,7 +276,9 @@ def gate_rates(pipe: Any, outcome: Outcome) -> dict[str, float]:
     if subject.design:
         names = [noun.name for noun in emoji.nouns()][::7]
         hits = [t.format(noun=n, style=subject.design) for n in names for t in STYLE_TEMPLATES["test"]]
-        kept = [t.format(noun=n, style=d) for n in names for t in STYLE_TEMPLATES["test"] for d in DESIGNS if d != subject.design]
+        kept = [
+            t.format(noun=n, style=d) for n in names for t in STYLE_TEMPLATES["test"] for d in DESIGNS if d != subject.design
+        ]
         general = [fill(t, n) for n in names for t in TEMPLATES["test"]]
     else:
         listed = [noun for noun in emoji.nouns() if noun.name not in subject.nouns]

@@ -182,7 +182,13 @@ def concept_scores(
 
 
 def standardise(
-    pipe: Any, sae: SAE, site: HookPoint, concepts: tuple[ConceptFeatures, ...], positive: PromptSet, negative: PromptSet, config: EraseConfig
+    pipe: Any,
+    sae: SAE,
+    site: HookPoint,
+    concepts: tuple[ConceptFeatures, ...],
+    positive: PromptSet,
+    negative: PromptSet,
+    config: EraseConfig,
 ) -> tuple[ConceptFeatures, ...]:
     """Give every concept its own unit: 0 is the 99 % quantile of the retained prompts, 1 the median of its own.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from itd import pipelines
 from itd.activations import stream
-from itd.gate import Decision, feature_acts
+from itd.features import all_indices
+from itd.gate import Decision, dense_acts
 from itd.hooks import HookPoint
 from itd.prompts import PromptSet
 from itd.sae import SAE
@@ -46,9 +48,10 @@ class Check:
     """Active target features, strongest first, at most eight."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return plain values for JSON; the score of a prompt without content tokens is null."""
+        score = self.score if math.isfinite(self.score) else None
         return {
-            "prompt": self.prompt, "fired": self.fired, "score": self.score, "threshold": self.threshold,
+            "prompt": self.prompt, "fired": self.fired, "score": score, "threshold": self.threshold,
             "concepts": list(self.concepts),
             "tokens": [{"token": token, "score": score} for token, score in self.tokens],
             "features": [hit._asdict() for hit in self.features],
@@ -96,8 +99,10 @@ def feature_hits(eraser: Eraser, tokens: list[str], x: Float[Tensor, "tokens d_m
     """Return the n most active target features of a prompt, each at its strongest token."""
     if len(tokens) == 0:
         return []
-    acts, features = feature_acts(eraser.sae.encode(x), eraser.concepts)
-    best, where = acts.max(0)
+    features = all_indices(eraser.concepts)
+    if len(features) == 0:
+        return []
+    best, where = dense_acts(eraser.sae.encode(x), features).max(0)
     top = best.topk(min(n, len(best)))
     owner = {int(f): concept.name for concept in reversed(eraser.concepts) for f in concept.indices.tolist()}
     hits = zip(top.values.tolist(), top.indices.tolist(), strict=True)

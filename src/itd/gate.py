@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from itd.features import ConceptFeatures, all_indices
@@ -26,16 +27,32 @@ class Scores(NamedTuple):
     concepts: Float[Tensor, " concepts"]
 
 
-def feature_acts(codes: SparseCodes, concepts: Sequence[ConceptFeatures]) -> tuple[Float[Tensor, "tokens n"], Tensor]:
-    """Return the acts of the target features at every token, dense over those features only, and the features."""
-    features = all_indices(concepts).to(codes.indices.device)
+class FilterBank(NamedTuple):
+    """The matched filters of several concepts as one matrix over their distinct features."""
+
+    features: Int[Tensor, " n"]
+    weights: Float[Tensor, "n concepts"]
+    scale: Float[Tensor, " concepts"]
+    offset: Float[Tensor, " concepts"]
+
+
+@lru_cache(maxsize=16)
+def filter_bank(concepts: tuple[ConceptFeatures, ...]) -> FilterBank:
+    """Return the filters of the concepts; the last few are kept, as the same ones score prompt after prompt."""
+    features = all_indices(concepts)
+    weights = torch.stack([concept.spread(features) for concept in concepts], 1)
+    scale = torch.tensor([concept.scale for concept in concepts])
+    return FilterBank(features, weights, scale, torch.tensor([concept.offset for concept in concepts]))
+
+
+def dense_acts(codes: SparseCodes, features: Int[Tensor, " n"]) -> Float[Tensor, "tokens n"]:
+    """Return the acts of some latents (sorted, distinct) at every token, dense over those only."""
     acts = torch.zeros(len(codes.acts), len(features) + 1, device=codes.acts.device)
     if len(features) == 0:
-        return acts[:, :0], features
+        return acts[:, :0]
     position = torch.searchsorted(features, codes.indices).clamp_max(len(features) - 1)
     position = torch.where(features[position] == codes.indices, position, len(features))
-    acts.scatter_add_(1, position, codes.acts)
-    return acts[:, :-1], features
+    return acts.scatter_add_(1, position, codes.acts)[:, :-1]
 
 
 def keep_features(codes: SparseCodes, concept: ConceptFeatures) -> SparseCodes:
@@ -49,12 +66,9 @@ def evidence(sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes) 
 
     In units of the concept: 0 is what the strongest retained prompts reach, 1 the median of the target prompts.
     """
-    acts, features = feature_acts(codes, concepts)
-    features = features.cpu()
-    weights = torch.stack([concept.spread(features) for concept in concepts], 1).to(acts.device)
-    scale = torch.tensor([concept.scale for concept in concepts], device=acts.device)
-    offset = torch.tensor([concept.offset for concept in concepts], device=acts.device)
-    return acts @ weights * scale + offset
+    bank = filter_bank(tuple(concepts))
+    acts = dense_acts(codes, bank.features.to(codes.indices.device))
+    return acts @ bank.weights.to(acts.device) * bank.scale.to(acts.device) + bank.offset.to(acts.device)
 
 
 def contribution(sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes) -> Float[Tensor, "tokens concepts"]:
@@ -63,7 +77,11 @@ def contribution(sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCod
 
 
 def reconstruction(
-    sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes, x: Float[Tensor, "tokens d_model"], strength: float
+    sae: SAE,
+    concepts: Sequence[ConceptFeatures],
+    codes: SparseCodes,
+    x: Float[Tensor, "tokens d_model"],
+    strength: float,
 ) -> Float[Tensor, "tokens concepts"]:
     """Return the paper's score, MSE(edited reconstruction, x), per token. Source: ItD, section 4.3."""
     error = sae.decode(codes) - x
@@ -72,7 +90,11 @@ def reconstruction(
 
 
 def score(
-    name: ScoreName, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"], strength: float = -8.0
+    name: ScoreName,
+    sae: SAE,
+    concepts: Sequence[ConceptFeatures],
+    x: Float[Tensor, "tokens d_model"],
+    strength: float = -8.0,
 ) -> Scores:
     """Score the content tokens of one prompt. Calibration and use both call this function.
 
@@ -146,7 +168,11 @@ class Calibration:
 
 
 def calibrate(
-    positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"], *, fpr: float | None = None, recall: float | None = None
+    positives: Float[Tensor, " n"],
+    negatives: Float[Tensor, " m"],
+    *,
+    fpr: float | None = None,
+    recall: float | None = None,
 ) -> Calibration:
     """Choose a threshold for a stated false-positive rate or recall; for the paper's `0.99 * min(positives)` give neither.
 
@@ -169,9 +195,7 @@ def calibrate(
 
     levels = torch.cat([positives, negatives]).quantile(torch.linspace(1, 0, 33).to(positives.dtype))
     curve = tuple((float(level), *rates(float(level))) for level in levels)
-    return Calibration(
-        rule, threshold, *rates(threshold), auroc(positives, negatives), len(positives), len(negatives), curve
-    )
+    return Calibration(rule, threshold, *rates(threshold), auroc(positives, negatives), len(positives), len(negatives), curve)
 
 
 class Decision(NamedTuple):
@@ -201,9 +225,7 @@ class Gate:
         margins = scores.concepts - thresholds
         fired = tuple((margins >= 0).nonzero().flatten().tolist())
         strongest = int(margins.argmax())
-        return Decision(
-            bool(fired), float(scores.concepts[strongest]), self.thresholds[strongest], fired, scores.tokens
-        )
+        return Decision(bool(fired), float(scores.concepts[strongest]), self.thresholds[strongest], fired, scores.tokens)
 
     def __or__(self, other: Gate) -> Gate:
         """Join the gates of two erasers."""

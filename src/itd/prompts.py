@@ -184,9 +184,7 @@ class PromptSet(Sequence[Prompt]):
         split_of = assign(keys, seed, shares)
         return PromptSet(tuple(p if p.split else replace(p, split=split_of[p.template or p.text]) for p in self.prompts))
 
-    def split_by_concept_and_template(
-        self, seed: int = 0, shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
-    ) -> PromptSet:
+    def split_by_concept_and_template(self, seed: int = 0, shares: tuple[float, float, float] = (0.5, 0.3, 0.2)) -> PromptSet:
         """Assign splits so that neither a concept nor a template stands in two.
 
         A prompt whose concept and template fall into different splits is dropped. Prompts that have a split keep

@@ -90,7 +90,12 @@ class SAE:
 
     def __post_init__(self) -> None:
         c = self.config
-        shapes = {"W_enc": (c.n_latents, c.d_model), "b_enc": (c.n_latents,), "W_dec": (c.n_latents, c.d_model), "b_dec": (c.d_model,)}
+        shapes = {
+            "W_enc": (c.n_latents, c.d_model),
+            "b_enc": (c.n_latents,),
+            "W_dec": (c.n_latents, c.d_model),
+            "b_dec": (c.d_model,),
+        }
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, the config asks for {shape}")
@@ -141,7 +146,14 @@ class SAE:
     def to(self, device: str | torch.device) -> SAE:
         """Return a copy on another device."""
         tensors = {name: value.to(device) for name, value in self._tensors().items()}
-        return SAE(self.config, **tensors, hook_point=self.hook_point, source=self.source, sha256=self.sha256, metrics=self.metrics)
+        return SAE(
+            self.config,
+            **tensors,
+            hook_point=self.hook_point,
+            source=self.source,
+            sha256=self.sha256,
+            metrics=self.metrics,
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}

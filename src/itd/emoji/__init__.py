@@ -13,7 +13,18 @@ from itd.sae import SAE
 if TYPE_CHECKING:
     from itd.emoji.judge import Judge
 
-__all__ = ["DESIGNS", "HOOK_POINT", "Noun", "load_clip", "load_judge", "load_nouns", "load_pipeline", "load_sae", "model_folder", "nouns"]
+__all__ = [
+    "DESIGNS",
+    "HOOK_POINT",
+    "Noun",
+    "load_clip",
+    "load_judge",
+    "load_nouns",
+    "load_pipeline",
+    "load_sae",
+    "model_folder",
+    "nouns",
+]
 
 HOOK_POINT = HookPoint("text_encoder", "encoder.layers.4")
 GUIDANCE_SCALE = 4.0

@@ -141,7 +141,7 @@ def read_nouns(names_package: Path) -> list[Noun]:
     subgroups = {entry["order"]: entry["key"] for entry in messages["subgroups"]}
     nouns = []
     for entry in data:
-        name = entry["label"].lower().replace("’", "'")
+        name = entry["label"].lower().replace("\u2019", "'")
         name = OLD_NAMES[name] if name in RENAMED else name
         subgroup = subgroups.get(entry.get("subgroup"), "")
         wanted = subgroup in SUBGROUPS or name in CHARACTERS | UNSAFE | MORE
@@ -160,9 +160,7 @@ def find_implicit(nouns: list[Noun]) -> list[Noun]:
         shares_stem = any(tag[:4] in word or word[:4] in tag for word in noun.name.split())
         return count[tag] == 1 and not shares_stem and tag not in words
 
-    return [
-        Noun(**{**asdict(noun), "implicit": tuple(t for t in noun.tags if singles_out(t, noun))}) for noun in nouns
-    ]
+    return [Noun(**{**asdict(noun), "implicit": tuple(t for t in noun.tags if singles_out(t, noun))}) for noun in nouns]
 
 
 def find_icon(icons: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -46,7 +46,9 @@ def evaluate_judge(world: World, judge: Judge, vae: Any, seed: int = 99) -> dict
     return {name: judge_accuracy(judge, images, nouns, designs) for name, images in sets.items()}
 
 
-def draw_nouns(pipe: Any, nouns: list[Noun], templates: tuple[str, ...], seed: int) -> tuple[Float[Tensor, "n 3 64 64"], list[str], list[str]]:
+def draw_nouns(
+    pipe: Any, nouns: list[Noun], templates: tuple[str, ...], seed: int
+) -> tuple[Float[Tensor, "n 3 64 64"], list[str], list[str]]:
     """Generate every noun once per template; return images, prompts and the nouns asked for."""
     rows = [(template.format(with_article(noun.name)), noun.name) for noun in nouns for template in templates]
     prompts, names = [row[0] for row in rows], [row[1] for row in rows]

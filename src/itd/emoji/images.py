@@ -22,9 +22,7 @@ def premultiply(rgba: UInt8[np.ndarray, "n h w 4"]) -> Float[Tensor, "n 4 h w"]:
     return torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], 1)
 
 
-def paste(
-    stickers: Float[Tensor, "n 4 h w"], colors: Float[Tensor, "n 3"]
-) -> Float[Tensor, "n 3 h w"]:
+def paste(stickers: Float[Tensor, "n 4 h w"], colors: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 h w"]:
     """Lay stickers on plain colours; the result is in [-1, 1]."""
     return (stickers[:, :3] + colors[:, :, None, None] * (1 - stickers[:, 3:])) * 2 - 1
 

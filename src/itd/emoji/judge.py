@@ -27,9 +27,7 @@ class Verdict(NamedTuple):
 
 
 def conv(n_in: int, n_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.GELU()
-    )
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.GELU())
 
 
 class Judge(nn.Module):

@@ -48,7 +48,11 @@ def learning_rate(config: StageConfig, step: int) -> float:
 
 
 def run_stage(
-    name: str, folder: Path, model: nn.Module, config: StageConfig, loss_of: Callable[[int], tuple[Tensor, dict[str, float]]]
+    name: str,
+    folder: Path,
+    model: nn.Module,
+    config: StageConfig,
+    loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
 ) -> nn.Module:
     """Train `model` on `loss_of(step)` and return it (its average where `ema_decay` is set), in eval mode.
 
@@ -56,9 +60,7 @@ def run_stage(
     """
     average = copy.deepcopy(model) if config.ema_decay else model
     parameters, averaged = list(model.parameters()), list(average.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     checkpoint = folder / f"{name}.checkpoint.safetensors"
     start, seconds = load_checkpoint(checkpoint, model, average, optimizer) if checkpoint.exists() else (0, 0.0)
     began = time.monotonic() - seconds
@@ -104,9 +106,7 @@ def save_checkpoint(
     temporary.replace(path)
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
+def load_checkpoint(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Restore what `save_checkpoint` wrote; return the step to go on with and the seconds spent so far."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
