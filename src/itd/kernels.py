@@ -92,3 +92,15 @@ def sparse_gradients(
 
     b_enc = torch.zeros(len(rows), dtype=grad.dtype, device=grad.device).index_add_(0, inverse, acts_grad.flatten())
     return SparseGradients(rows, gather(acts_grad, centred), b_enc, gather(codes.acts, grad), grad.sum(0))
+
+
+def add_gradients(a: SparseGradients, b: SparseGradients) -> SparseGradients:
+    """Return the sum of two gradients; rows sorted and unique."""
+    rows, inverse = torch.cat([a.rows, b.rows]).unique(return_inverse=True)
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        return x.new_zeros(len(rows), *x.shape[1:]).index_add_(0, inverse, torch.cat([x, y]))
+
+    return SparseGradients(
+        rows, total(a.W_enc, b.W_enc), total(a.b_enc, b.b_enc), total(a.W_dec, b.W_dec), a.b_dec + b.b_dec
+    )

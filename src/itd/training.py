@@ -38,6 +38,7 @@ class TrainConfig:
     lr: float = 1e-3
     """Peak learning rate of Adam."""
     warmup_steps: int = 30
+    """Steps over which the learning rate rises to its peak."""
     decay: Literal["linear", "none"] = "linear"
     """Whether the learning rate falls to zero over the run."""
     weighting: Literal["unique", "sqrt", "count"] = "sqrt"
@@ -47,11 +48,13 @@ class TrainConfig:
     k_aux: int = 256
     """Dead latents that reconstruct the residual; 0 switches AuxK off."""
     aux_weight: float = 1 / 32
+    """Weight of the AuxK loss."""
     dead_tokens: int = 100_000
     """A latent is dead when it has not been active for this many tokens."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     seed: int = 0
+    """Of the starting weights and of the order of the activations."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "batch_tokens", "checkpoint_every", "dead_tokens"):
@@ -140,23 +143,23 @@ class Trainer:
         gradients = sparse_gradients(x - w["b_dec"], codes, residual * scale, w["W_dec"])
         self.idle += len(x)
         self.idle[codes.indices[codes.acts > 0]] = 0
+        dead = (self.idle >= self.train.dead_tokens).nonzero().flatten()
+        if self.train.k_aux and len(dead):
+            gradients = add_gradients(gradients, self.aux_gradients(x, -residual, dead))
         self.update(gradients, step)
-        if self.train.k_aux:
-            self.step_aux(x, -residual, step)
         return float(residual.square().mean() / self.variance)
 
-    def step_aux(self, x: Float[Tensor, "n d_model"], missing: Float[Tensor, "n d_model"], step: int) -> None:
+    def aux_gradients(
+        self, x: Float[Tensor, "n d_model"], missing: Float[Tensor, "n d_model"], dead: Int[Tensor, " dead"]
+    ) -> SparseGradients:
         """Let dead latents reconstruct what the living missed. Source: Gao et al. 2024, appendix A.2."""
-        dead = (self.idle >= self.train.dead_tokens).nonzero().flatten()
-        if len(dead) == 0:
-            return
         w = self.weights
         W_enc, b_enc, W_dec = w["W_enc"][dead], w["b_enc"][dead], w["W_dec"][dead]
         codes = topk_encode(x, W_enc, b_enc, w["b_dec"], min(self.train.k_aux, len(dead)))
         error = sparse_decode(codes, W_dec) - missing
         scale = 2 * self.train.aux_weight / (x.numel() * float(missing.square().mean()))
         found = sparse_gradients(x - w["b_dec"], codes, error * scale, W_dec)
-        self.update(found._replace(rows=dead[found.rows], b_dec=torch.zeros_like(found.b_dec)), step)
+        return found._replace(rows=dead[found.rows], b_dec=torch.zeros_like(found.b_dec))
 
     def update(self, gradients: SparseGradients, step: int) -> None:
         """Apply Adam to the touched rows; their moments first decay as often as they were skipped."""
