@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from typing import Any
 
 import pytest
-from tiny import NOUNS, SITE, build_pipeline, build_tokenizer, build_xl_pipeline, make_eraser, make_sae, make_store
+from tiny import SITE, build_pipeline, build_tokenizer, build_xl_pipeline, make_eraser, make_sae, make_store
 from transformers import CLIPTokenizer
 
 from itd import SAE, ActivationStore, Eraser, HookPoint

@@ -19,8 +19,8 @@ D_MODEL, N_LAYERS, MAX_TOKENS = 32, 3, 24
 SITE = HookPoint("text_encoder", "encoder.layers.1")
 NOUNS = ("cat", "dog", "horse", "house", "tree", "boat", "lamp", "cup")
 FRAMES = (
-    "a {}", "a photo of a {}", "a drawing of the {}", "one {} in the park", "my {} at night", "a big red {}", "the {} by a window",
-    "two people and a {}", "a small {} on a table",
+    "a {}", "a photo of a {}", "a drawing of the {}", "one {} in the park", "my {} at night", "a big red {}",
+    "the {} by a window", "two people and a {}", "a small {} on a table",
 )  # fmt: skip
 
 
@@ -72,9 +72,9 @@ def image_parts(cross_attention_dim: int, **unet: Any) -> dict[str, Any]:
         latent_channels=4, norm_num_groups=4, sample_size=16,
     )  # fmt: skip
     model = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=cross_attention_dim, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, **unet,
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=cross_attention_dim,
+        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4, **unet,
     )  # fmt: skip
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, beta_schedule="scaled_linear", set_alpha_to_one=False)
     return {"vae": randomise(vae, 11), "unet": randomise(model, 12), "scheduler": scheduler}
@@ -95,7 +95,10 @@ def build_xl_pipeline(tokenizer: CLIPTokenizer) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     parts = image_parts(
-        2 * D_MODEL, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=16 + 6 * 4
+        2 * D_MODEL,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
     )
     pipe = StableDiffusionXLPipeline(
         text_encoder=build_text_encoder(tokenizer), text_encoder_2=build_text_encoder(tokenizer, 1, projection=True),
@@ -121,7 +124,9 @@ def make_store(n: int = 600, d_model: int = 12, seed: int = 0) -> ActivationStor
     directions = torch.randn(30, d_model, generator=generator)
     codes = torch.rand(n, 30, generator=generator) * (torch.rand(n, 30, generator=generator) < 0.1)
     x = codes @ directions + 0.05 * torch.randn(n, d_model, generator=generator) + torch.randn(d_model, generator=generator)
-    return ActivationStore(x, torch.randint(1, 20, (n,), generator=generator).float(), HookPoint("text_encoder", "encoder.layers.1"))
+    return ActivationStore(
+        x, torch.randint(1, 20, (n,), generator=generator).float(), HookPoint("text_encoder", "encoder.layers.1")
+    )
 
 
 def prompts_of(*nouns: str) -> PromptSet:

@@ -1,0 +1,1 @@
+"""Slow, obvious twins of what `itd` computes fast: dense tensors, loops, sets."""
