@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from itd.activations import ActivationStore
-from itd.kernels import SparseGradients, sparse_decode, sparse_gradients, topk_encode
+from itd.kernels import SparseGradients, add_gradients, sparse_decode, sparse_gradients, topk_encode
 from itd.sae import SAE, TRAINING_COPIES, SAEConfig
 
 logger = logging.getLogger(__name__)
