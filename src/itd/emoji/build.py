@@ -41,6 +41,7 @@ class WorldConfig:
 
     vae: StageConfig
     clip: StageConfig
+    vision: StageConfig
     judge: StageConfig
     unet: StageConfig
     pool: PoolConfig
@@ -118,7 +119,7 @@ def build_vae_stage(world: World, config: WorldConfig) -> AutoencoderKL:
 
 def build_clip_stage(world: World, words: list[str], tokenizer: CLIPTokenizer, config: WorldConfig) -> CLIPModel:
     if not (config.work / "clip").exists():
-        train_clip(world, words, tokenizer, config.clip, config.work)
+        train_clip(world, words, tokenizer, config.clip, config.vision, config.work)
     return CLIPModel.from_pretrained(config.work / "clip", local_files_only=True).eval()
 
 
@@ -202,7 +203,7 @@ def quick(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
         return replace(stage, steps=2, batch_size=8)
 
     return replace(
-        config, vae=few(config.vae), clip=few(config.clip), judge=few(config.judge), unet=few(config.unet),
+        config, vae=few(config.vae), clip=few(config.clip), vision=few(config.vision), judge=few(config.judge), unet=few(config.unet),
         pool=PoolConfig(64, 16), sae_training=replace(config.sae_training, n_tokens=2048), work=work, out=out,
     )  # fmt: skip
 

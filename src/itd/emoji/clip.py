@@ -6,10 +6,12 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -90,45 +92,111 @@ def build_clip() -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=256))
 
 
-def train_clip(world: World, words: list[str], tokenizer: CLIPTokenizer, config: StageConfig, folder: Path) -> CLIPModel:
-    """Train with the symmetric contrastive loss on random stickers and scenes, slightly moved and recoloured."""
+def convolution(n_in: int, n_out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.GELU())
+
+
+class Teacher(nn.Module):
+    """The text tower in training, against a convolutional image tower that learns faster than a transformer.
+
+    Both towers' embeddings are also told to lie near a learned point of their noun.
+    """
+
+    def __init__(self, clip: CLIPModel, n_nouns: int) -> None:
+        super().__init__()
+        self.text_model, self.text_projection = clip.text_model, clip.text_projection
+        self.logit_scale = clip.logit_scale
+        self.eye = nn.Sequential(
+            nn.AvgPool2d(2), convolution(3, 32, 1), convolution(32, 64, 2), convolution(64, 96, 1), convolution(96, 128, 2),
+            convolution(128, 192, 1), convolution(192, 256, 2), nn.Flatten(), nn.Linear(256 * 16, clip.config.projection_dim),
+        )  # fmt: skip
+        self.proxies = nn.Linear(clip.config.projection_dim, n_nouns, bias=False)
+
+    def see(self, pixels: Float[Tensor, "n 3 64 64"]) -> Float[Tensor, "n 256"]:
+        return F.normalize(self.eye(pixels.contiguous(memory_format=torch.channels_last)), dim=-1)
+
+    def read(self, tokens: Any) -> Float[Tensor, "n 256"]:
+        pooled = self.text_model(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+    def forward(self, tokens: Any, pixels: Tensor, nouns: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Return the contrastive loss plus half the mean cross-entropy to the nouns (n, n_nouns) of each pair."""
+        text, image, scale = self.read(tokens), self.see(pixels), self.logit_scale.exp().clamp(max=100)
+        logits, labels = text @ image.T * scale, torch.arange(len(pixels))
+        contrastive = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        proxies = F.normalize(self.proxies.weight, dim=1) * scale
+        named = [F.cross_entropy(embedding @ proxies.T, nouns) for embedding in (text, image)]
+        accuracy = (logits.argmax(1) == labels).float().mean().item()
+        return contrastive + (named[0] + named[1]) / 4, {
+            "accuracy": accuracy,
+            "text": named[0].item(),
+            "image": named[1].item(),
+        }
+
+
+class Pairs:
+    """Draws images and their captions: single stickers and, in a quarter of the cases, scenes."""
+
+    def __init__(self, world: World, words: list[str], seed: int) -> None:
+        self.world, self.seed = world, seed
+        self.source = CaptionSource(world.nouns, words)
+        self.stickers, self.colors, self.names = premultiply(world.rgba), background_colors(), list(BACKGROUNDS)
+        self.nouns = torch.from_numpy(world.noun)
+
+    def caption(self, image: int, other: int | None, shade: int, rng: random.Random) -> str:
+        shown = self.names[shade] if shade or rng.random() < 0.2 else None
+        noun = int(self.world.noun[image])
+        if other is not None:
+            return self.source.pair(noun, int(self.world.noun[other]), None, shown, rng)
+        design = DESIGNS[self.world.design[image]] if rng.random() < 0.7 else None
+        return self.source.single(noun, design, shown, rng)
+
+    def draw(self, n: int, step: int) -> tuple[Tensor, list[str], Tensor]:
+        """Return pixels (n, 3, 64, 64) in [-1, 1], captions, and the nouns shown (n, n_nouns), summing to 1."""
+        rng, n_nouns = random.Random(self.seed * 1_000_003 + step), len(self.world.nouns)
+        index, other, shade = pick(n, len(self.stickers)), pick(n // 4, len(self.stickers)), pick(n, len(self.names))
+        shade[torch.rand(n) < 0.4] = 0
+        images, shown = self.stickers[index], F.one_hot(self.nouns[index], n_nouns).float()
+        images[: n // 4] = side_by_side(images[: n // 4], self.stickers[other])
+        shown[: n // 4] = (shown[: n // 4] + F.one_hot(self.nouns[other], n_nouns)) / 2
+        rights = [*other.tolist(), *[None] * n]
+        rows = enumerate(zip(index.tolist(), shade.tolist(), strict=True))
+        texts = [self.caption(image, rights[row], color, rng) for row, (image, color) in rows]
+        pixels = paste(images, self.colors[shade]).roll(torch.randint(-3, 4, (2,)).tolist(), (2, 3))
+        return pixels + 0.03 * torch.randn_like(pixels), texts, shown
+
+
+def train_clip(
+    world: World, words: list[str], tokenizer: CLIPTokenizer, config: StageConfig, vision: StageConfig, folder: Path
+) -> CLIPModel:
+    """Train the text tower with the symmetric contrastive loss, then the vision transformer towards the same embedding."""
     torch.manual_seed(config.seed)
-    stickers, colors, names = premultiply(world.rgba), background_colors(), list(BACKGROUNDS)
-    source = CaptionSource(world.nouns, words)
-    model = build_clip()
+    pairs, clip = Pairs(world, words, config.seed), build_clip()
     with torch.no_grad():
-        model.logit_scale.fill_(2.6)
+        clip.logit_scale.fill_(2.6)
+    teacher = Teacher(clip, len(world.nouns))
 
-    def draw(step: int) -> tuple[Tensor, list[str]]:
-        n, rng = config.batch_size, random.Random(config.seed * 1_000_003 + step)
-        index, other, background = pick(n, len(stickers)), pick(n // 4, len(stickers)), pick(n, len(names))
-        background[torch.rand(n) < 0.4] = 0
-        images, texts = stickers[index], []
-        images[: n // 4] = side_by_side(images[: n // 4], stickers[other])
-        for row, (image, shade) in enumerate(zip(index.tolist(), background.tolist(), strict=True)):
-            shown = names[shade] if shade or rng.random() < 0.2 else None
-            design = DESIGNS[world.design[image]] if rng.random() < 0.7 else None
-            if row < len(other):
-                right = int(world.noun[other[row]])
-                texts.append(source.pair(int(world.noun[image]), right, None, shown, rng))
-            else:
-                texts.append(source.single(int(world.noun[image]), design, shown, rng))
-        pixels = paste(images, colors[background])
-        shift = torch.randint(-3, 4, (2,)).tolist()
-        return pixels.roll(shift, (2, 3)) + 0.03 * torch.randn_like(pixels), texts
-
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        pixels, texts = draw(step)
+    def text_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        pixels, texts, shown = pairs.draw(config.batch_size, step)
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        output = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
-        logits, labels = output.logits_per_text, torch.arange(len(texts))
-        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        return loss, {"accuracy": (logits.argmax(1) == labels).float().mean().item()}
+        return teacher(tokens, pixels, shown)
 
-    trained = run_stage("clip", folder, model, config, loss_of)
-    trained.save_pretrained(folder / "clip")
+    run_stage("clip", folder, teacher, config, text_loss)
+    student = nn.ModuleDict({"model": clip.vision_model, "projection": clip.visual_projection})
+
+    def vision_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        pixels, _, _ = pairs.draw(vision.batch_size, step)
+        with torch.no_grad():
+            goal = teacher.see(pixels)
+        mine = F.normalize(student["projection"](student["model"](pixels).pooler_output), dim=-1)
+        logits, labels = mine @ goal.T * 30, torch.arange(len(pixels))
+        accuracy = (logits.argmax(1) == labels).float().mean().item()
+        return F.cross_entropy(logits, labels) + 4 * (1 - (mine * goal).sum(1)).mean(), {"accuracy": accuracy}
+
+    run_stage("vision", folder, student, vision, vision_loss)
+    clip.eval().save_pretrained(folder / "clip")
     clip_processor(tokenizer).save_pretrained(folder / "clip")
-    return trained
+    return clip
 
 
 def clip_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:

@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,7 +160,7 @@ def find_implicit(nouns: list[Noun]) -> list[Noun]:
         shares_stem = any(tag[:4] in word or word[:4] in tag for word in noun.name.split())
         return count[tag] == 1 and not shares_stem and tag not in words
 
-    return [Noun(**{**asdict(noun), "implicit": tuple(t for t in noun.tags if singles_out(t, noun))}) for noun in nouns]
+    return [replace(noun, implicit=tuple(tag for tag in noun.tags if singles_out(tag, noun))) for noun in nouns]
 
 
 def find_icon(icons: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -220,10 +220,8 @@ class World:
 def load_nouns(path: Path) -> list[Noun]:
     """Read the nouns that `World.save` wrote."""
 
-    def tuples(entry: dict[str, Any]) -> dict[str, Any]:
-        return {**entry, "tags": tuple(entry["tags"]), "implicit": tuple(entry["implicit"])}
-
-    return [Noun(**tuples(entry)) for entry in json.loads(path.read_text())]
+    entries: list[dict[str, Any]] = json.loads(path.read_text())
+    return [Noun(**{**entry, "tags": tuple(entry["tags"]), "implicit": tuple(entry["implicit"])}) for entry in entries]
 
 
 def render_world(packages: dict[str, Path], names_package: Path) -> World:

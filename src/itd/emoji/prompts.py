@@ -8,16 +8,18 @@ from collections.abc import Iterable, Sequence
 from itd.emoji import DESIGNS, Noun, model_folder, nouns
 from itd.emoji.captions import CaptionSource
 from itd.emoji.data import BACKGROUNDS
-from itd.prompts import Prompt, PromptSet
+from itd.prompts import Prompt, PromptSet, Split
 from itd.templates import TEMPLATES, concept_prompts
 
-STYLE_TEMPLATES = {
+STYLE_TEMPLATES: dict[Split, tuple[str, ...]] = {
     "fit": ("{noun} in the style of {style}", "{noun} by {style}", "a drawing of {noun}, {style} style", "{noun}, {style}, on a white background"),
     "calibrate": ("{noun} in {style} style", "an icon of {noun} in the {style} design", "{noun} drawn by {style}, highly detailed"),
     "test": ("{noun} as {style} would draw it", "a postcard of {noun}, art by {style}"),
 }  # fmt: skip
 """Frames for erasing a design: `{style}` is the concept, `{noun}` varies."""
 STYLE_NOUNS = 48
+TEMPLATES_PER_NOUN = 8
+"""Prompts per retained noun: many nouns in a few templates each say more than few nouns in all."""
 
 
 def filler_words() -> list[str]:
@@ -50,7 +52,7 @@ def world_prompts(n: int = 24_000, seed: int = 0) -> PromptSet:
     return PromptSet.from_texts(texts)
 
 
-def erase_sets(names: Sequence[str], retain_share: float = 1.0) -> tuple[PromptSet, PromptSet, PromptSet]:
+def erase_sets(names: Sequence[str]) -> tuple[PromptSet, PromptSet, PromptSet]:
     """Return target, retain and neutral prompts for erasing nouns or designs of the world.
 
     Retained are the other nouns of the same role, neutral is everything else. Splits are set: `fit` and `calibrate` share
@@ -75,15 +77,17 @@ def erase_sets(names: Sequence[str], retain_share: float = 1.0) -> tuple[PromptS
     return target, retain, neutral
 
 
-def split_nouns(listed: Iterable[Noun]) -> PromptSet:
-    """Deal nouns alternately to fit and calibrate, each in that split's templates."""
-    prompts = PromptSet()
+def split_nouns(listed: Iterable[Noun], seed: int = 0) -> PromptSet:
+    """Deal nouns to fit (two thirds) and calibrate, each in some of that split's templates."""
+    rng, prompts = random.Random(seed), []
     for index, noun in enumerate(listed):
-        prompts = prompts + concept_prompts([noun.name], ["calibrate" if index % 3 == 2 else "fit"])
-    return prompts
+        split = "calibrate" if index % 3 == 2 else "fit"
+        templates = rng.sample(TEMPLATES[split], TEMPLATES_PER_NOUN)
+        prompts += PromptSet.from_names([noun.name], templates, split).prompts
+    return PromptSet(tuple(prompts))
 
 
-def style_prompts(designs: Iterable[str], listed: Sequence[Noun], splits: Sequence[str] = ("fit", "calibrate")) -> PromptSet:
+def style_prompts(designs: Iterable[str], listed: Sequence[Noun], splits: Sequence[Split] = ("fit", "calibrate")) -> PromptSet:
     """Return prompts that name a design, each with a noun; the nouns of the splits differ."""
     rows = []
     for design in designs:
