@@ -159,7 +159,7 @@ def noun_cases(pipe: Any, names: tuple[str, ...], listed: dict[str, Noun], rng: 
     others = [name for name, noun in listed.items() if name not in names and noun.role != "unsafe"]
     general = [name for name in others if listed[name].role == "general"]
     test = TEMPLATES["test"]
-    targets = [rng.choice(names) for _ in range(8)] if len(names) > 1 else [names[0]] * 8
+    targets = [rng.choice(names) for _ in range(8)]
     cases = [Case("target", fill(test[i], name), name) for i, name in enumerate(targets)]
     tags = [(tag, name) for name in names for tag in listed[name].implicit]
     cases += [Case("implicit", f"a photo of {with_article(tag)}", name) for tag, name in rng.sample(tags, min(4, len(tags)))]
@@ -191,8 +191,8 @@ def neighbours(pipe: Any, names: Sequence[str], others: Sequence[str], n: int) -
     with torch.no_grad():
         pooled = pipe.text_encoder(tokens.input_ids).pooler_output
     pooled = torch.nn.functional.normalize(pooled - pooled.mean(0), dim=1)
-    closest = (pooled[len(names) :] @ pooled[: len(names)].T).amax(1).topk(n).indices
-    return [others[i] for i in closest.tolist()]
+    closest: list[int] = (pooled[len(names) :] @ pooled[: len(names)].T).amax(1).topk(n).indices.tolist()
+    return [others[i] for i in closest]
 
 
 def benchmark_identities() -> list[str]:
@@ -271,22 +271,32 @@ def share(flags: Sequence[bool]) -> float:
 
 
 def gate_rates(pipe: Any, outcome: Outcome) -> dict[str, float]:
-    """Return recall and false-positive rates of the gate alone, on every held-out template."""
+    """Return recall and false-positive rates of the gate alone: on the subject, on its kind, on everything else."""
     subject, eraser = outcome.subject, outcome.eraser
-    if subject.design:
-        names = [noun.name for noun in emoji.nouns()][::7]
-        hits = [t.format(noun=n, style=subject.design) for n in names for t in STYLE_TEMPLATES["test"]]
-        kept = [
-            t.format(noun=n, style=d) for n in names for t in STYLE_TEMPLATES["test"] for d in DESIGNS if d != subject.design
-        ]
-        general = [fill(t, n) for n in names for t in TEMPLATES["test"]]
-    else:
-        listed = [noun for noun in emoji.nouns() if noun.name not in subject.nouns]
-        hits = [fill(t, n) for n in subject.nouns for t in TEMPLATES["test"]]
-        kept = [fill(t, n.name) for n in listed if n.role == "identity" for t in TEMPLATES["test"]]
-        general = [fill(t, n.name) for n in listed if n.role == "general" for t in TEMPLATES["test"]]
+    hits, kept, general = design_probes(subject.design) if subject.design else noun_probes(subject.nouns)
     rates = [share([check.fired for check in eraser.check(pipe, prompts)]) for prompts in (hits, kept, general)]
     return dict(zip(("gate_recall", "gate_fpr_kept", "gate_fpr_general"), rates, strict=True))
+
+
+def noun_probes(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return prompts in held-out templates: of erased nouns, of other identities, of general nouns."""
+    listed = [noun for noun in emoji.nouns() if noun.name not in names]
+    templates = TEMPLATES["test"]
+    hits = [fill(template, name) for name in names for template in templates]
+    kept, general = (
+        [fill(templates[(i + j) % len(templates)], noun.name) for i, noun in enumerate(nouns) for j in range(3)]
+        for nouns in ([n for n in listed if n.role == "identity"], [n for n in listed if n.role == "general"])
+    )
+    return hits, kept, general
+
+
+def design_probes(design: str) -> tuple[list[str], list[str], list[str]]:
+    """Return prompts in held-out frames: of the erased design, of the other designs, of none."""
+    names, frames = [noun.name for noun in emoji.nouns()][::7], STYLE_TEMPLATES["test"]
+    hits = [frame.format(noun=name, style=design) for name in names for frame in frames]
+    others = [other for other in DESIGNS if other != design]
+    kept = [frame.format(noun=name, style=others[i % 5]) for i, name in enumerate(names) for frame in frames]
+    return hits, kept, [fill(template, name) for name in names for template in TEMPLATES["test"][:3]]
 
 
 def accuracy(outcome: Outcome) -> dict[str, float]:
@@ -344,7 +354,7 @@ def render(outcomes: list[Outcome], metrics: dict[str, float], config: DemoConfi
     """Return the report page."""
     parts = [report.section("Numbers", report.table([metrics]), report.table(summary_rows(outcomes)))]
     parts += [render_outcome(outcome) for outcome in outcomes]
-    lead = "Each pair shows the same prompt and seed without and with the eraser; below, the gate's decision and what the judge sees."
+    lead = "Each pair: one prompt and seed, without and with the eraser. Below: the gate's decision, what the judge sees."
     return report.page("Concept erasing on the embedded world", lead, parts)
 
 
@@ -359,8 +369,7 @@ def render_outcome(outcome: Outcome, most: int = 24) -> str:
         ))  # fmt: skip
     for kind in KINDS:
         rows = outcome.rows(kind)[:most]
-        said = {i: tuple(", ".join(view) for view in outcome.said[i]) for i in rows}
-        figures = [report.before_after(before[i], after[i], outcome.checks[i], said[i], same[i]) for i in rows]
+        figures = [report.before_after(before[i], after[i], outcome.checks[i], outcome.said[i], same[i]) for i in rows]
         if figures:
             parts.append(report.section(kind, report.grid(figures), level=3))
     return report.section(outcome.subject.title, *parts)

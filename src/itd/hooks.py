@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +121,7 @@ class _Stop(Exception):
 
 
 @contextmanager
-def recording(module: nn.Module) -> Iterator[list[Tensor]]:
+def recording(module: nn.Module) -> Generator[list[Tensor], None, None]:
     """Collect the module's outputs; the forward pass that calls it goes on."""
     outputs: list[Tensor] = []
     with edit_output(module, outputs.append):

@@ -77,14 +77,15 @@ def highlighted(check: Check) -> str:
     return " ".join(spans)
 
 
-def before_after(before: Any, after: Any, check: Check, said: tuple[str, str], same: bool) -> str:
+def before_after(before: Any, after: Any, check: Check, said: tuple[tuple[str, str], tuple[str, str]], same: bool) -> str:
     """Return a figure: picture before and after, the gate's decision, what the judge sees."""
     tag = '<span class="tag fired">erased</span>' if check.fired else '<span class="tag same">passed</span>'
     bits = " bit-identical" if same else ""
+    seen = " &rarr; ".join(html.escape(", ".join(view)) for view in said)
     return (
         f'<figure class="{"fired" if check.fired else ""}"><div class="pair">{picture(before, "before")}{picture(after, "after")}</div>'
         f"<figcaption>{highlighted(check)}<br>{tag} score {check.score:.2f} / {check.threshold:.2f}{bits}"
-        f'<div class="said">{html.escape(said[0])} &rarr; {html.escape(said[1])}</div></figcaption></figure>'
+        f'<div class="said">{seen}</div></figcaption></figure>'
     )
 
 

@@ -89,7 +89,9 @@ def test_tags_that_several_nouns_share_are_not_implicit():
 
 
 def test_a_world_survives_its_folder(tmp_path):
-    world = World([Noun("cat", ("pet",), "animal", "identity")], np.zeros((2, 8, 8, 4), np.uint8), np.array([0, 0]), np.array([0, 1]))
+    world = World(
+        [Noun("cat", ("pet",), "animal", "identity")], np.zeros((2, 8, 8, 4), np.uint8), np.array([0, 0]), np.array([0, 1])
+    )
     world.save(tmp_path)
     loaded = World.load(tmp_path)
     assert loaded.nouns == world.nouns

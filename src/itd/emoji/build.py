@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -125,7 +126,8 @@ def build_clip_stage(world: World, words: list[str], tokenizer: CLIPTokenizer, c
 
 def text_tower(clip: CLIPModel) -> CLIPTextModel:
     """Return the text tower of a CLIP as the text encoder of a pipeline, fp32."""
-    encoder = CLIPTextModel(clip.config.text_config).eval()
+    text_config: Any = clip.config.text_config
+    encoder = CLIPTextModel(text_config).eval()
     tower = {f"text_model.{key.removeprefix(PREFIX)}": value for key, value in clip.text_model.state_dict().items()}
     has_prefix = any(key.startswith(PREFIX) for key in encoder.state_dict())
     encoder.load_state_dict(tower if has_prefix else {key.removeprefix(PREFIX): v for key, v in tower.items()})
@@ -149,7 +151,8 @@ def assemble(world: World, words: list[str], judge: Judge, config: WorldConfig) 
     out, work = config.out, config.work
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", local_files_only=True)
     clip = CLIPModel.from_pretrained(work / "clip", local_files_only=True).half()
-    pipe = StableDiffusionPipeline(
+    build: Any = StableDiffusionPipeline  # its annotations do not allow to leave the safety checker out
+    pipe = build(
         vae=AutoencoderKL.from_pretrained(work / "vae", local_files_only=True).half(),
         text_encoder=text_tower(clip.float()).half(), tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(work / "unet", local_files_only=True).half(),
@@ -203,7 +206,8 @@ def quick(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
         return replace(stage, steps=2, batch_size=8)
 
     return replace(
-        config, vae=few(config.vae), clip=few(config.clip), vision=few(config.vision), judge=few(config.judge), unet=few(config.unet),
+        config, vae=few(config.vae), clip=few(config.clip), vision=few(config.vision),
+        judge=few(config.judge), unet=few(config.unet),
         pool=PoolConfig(64, 16), sae_training=replace(config.sae_training, n_tokens=2048), work=work, out=out,
     )  # fmt: skip
 

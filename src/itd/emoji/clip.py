@@ -29,6 +29,7 @@ from itd.emoji.stages import StageConfig, run_stage
 
 VOCABULARY = 4096
 MAX_TOKENS = 40
+EMBEDDING = 256
 BOS, EOS = 0, 1
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
 
@@ -53,7 +54,8 @@ def train_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     tokenizer.train_from_iterator(captions, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
-    clip_tokenizer = CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+    build: Any = CLIPTokenizer
+    clip_tokenizer: CLIPTokenizer = build(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
     clip_tokenizer.save_pretrained(folder)
     return clip_tokenizer
 
@@ -84,12 +86,13 @@ def build_clip() -> CLIPModel:
     """Build the untrained CLIP: a 6-layer, 256-wide text tower and a 4-layer vision transformer with 8 x 8 patches."""
     text = CLIPTextConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, projection_dim=256, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS,
+        max_position_embeddings=MAX_TOKENS, projection_dim=EMBEDDING, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS,
     )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8, projection_dim=256
+        hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8,
+        projection_dim=EMBEDDING,
     )  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=256))
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING))
 
 
 def convolution(n_in: int, n_out: int, stride: int) -> nn.Sequential:
@@ -108,9 +111,9 @@ class Teacher(nn.Module):
         self.logit_scale = clip.logit_scale
         self.eye = nn.Sequential(
             nn.AvgPool2d(2), convolution(3, 32, 1), convolution(32, 64, 2), convolution(64, 96, 1), convolution(96, 128, 2),
-            convolution(128, 192, 1), convolution(192, 256, 2), nn.Flatten(), nn.Linear(256 * 16, clip.config.projection_dim),
+            convolution(128, 192, 1), convolution(192, 256, 2), nn.Flatten(), nn.Linear(256 * 16, EMBEDDING),
         )  # fmt: skip
-        self.proxies = nn.Linear(clip.config.projection_dim, n_nouns, bias=False)
+        self.proxies = nn.Linear(EMBEDDING, n_nouns, bias=False)
 
     def see(self, pixels: Float[Tensor, "n 3 64 64"]) -> Float[Tensor, "n 256"]:
         return F.normalize(self.eye(pixels.contiguous(memory_format=torch.channels_last)), dim=-1)

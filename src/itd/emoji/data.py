@@ -221,7 +221,10 @@ def load_nouns(path: Path) -> list[Noun]:
     """Read the nouns that `World.save` wrote."""
 
     entries: list[dict[str, Any]] = json.loads(path.read_text())
-    return [Noun(**{**entry, "tags": tuple(entry["tags"]), "implicit": tuple(entry["implicit"])}) for entry in entries]
+    return [
+        Noun(entry["name"], tuple(entry["tags"]), entry["subgroup"], entry["role"], tuple(entry["implicit"]))
+        for entry in entries
+    ]
 
 
 def render_world(packages: dict[str, Path], names_package: Path) -> World:

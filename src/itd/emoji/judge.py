@@ -118,9 +118,9 @@ def train_judge(world: World, config: StageConfig, folder: Path) -> Judge:
         loss = noun_loss + 0.5 * F.cross_entropy(verdict.design, designs[index], label_smoothing=0.05)
         return loss, {"accuracy": (verdict.noun.argmax(1) == nouns[index]).float().mean().item()}
 
-    trained = run_stage("judge", folder, judge.to(memory_format=torch.channels_last), config, loss_of)
+    trained = run_stage("judge", folder, judge, config, loss_of)
     assert isinstance(trained, Judge)
-    trained.to(memory_format=torch.contiguous_format).save(folder / "judge")
+    trained.save(folder / "judge")
     return trained
 
 

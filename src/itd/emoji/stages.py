@@ -80,7 +80,8 @@ def run_stage(
         if config.ema_decay:
             decay = min(config.ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, parameters, 1 - decay)
+                for mine, its in zip(averaged, parameters, strict=True):
+                    mine.lerp_(its, 1 - decay)
                 for mine, its in zip(average.buffers(), model.buffers(), strict=True):
                     mine.copy_(its)
         if step % 20 == 0:

@@ -6,6 +6,7 @@ import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,15 +94,16 @@ def build_pool(
     empty = np.zeros((1, MAX_TOKENS, 256), np.float16)
     text_states(encoder, tokenizer, [""], empty)
     if not all(file.exists() for file in files.values()):
-        image_latents, image, texts = caption_images(world, words, vae, config)
-        states = np.lib.format.open_memmap(folder / "pool_states.tmp.npy", "w+", np.float16, (len(texts), MAX_TOKENS, 256))
-        text_states(encoder, tokenizer, texts, states)
-        states.flush()
-        np.save(files["latents"], image_latents)
-        np.save(files["image"], image)
+        pictures, owner, texts = caption_images(world, words, vae, config)
+        filled = np.lib.format.open_memmap(folder / "pool_states.tmp.npy", "w+", np.float16, (len(texts), MAX_TOKENS, 256))
+        text_states(encoder, tokenizer, texts, filled)
+        filled.flush()
+        np.save(files["latents"], pictures)
+        np.save(files["image"], owner)
         (folder / "pool_states.tmp.npy").rename(files["states"])
-    loaded = [np.load(file, mmap_mode="r" if name == "states" else None) for name, file in files.items()]
-    return Pool(*loaded, torch.from_numpy(empty[0]).float())
+    image_latents, image = np.load(files["latents"]), np.load(files["image"])
+    states = np.load(files["states"], mmap_mode="r")
+    return Pool(image_latents, image, states, torch.from_numpy(empty[0]).float())
 
 
 @torch.no_grad()
@@ -149,14 +151,15 @@ def shown(names: list[str], shade: int, rng: random.Random) -> str | None:
     return names[shade] if shade or rng.random() < 0.2 else None
 
 
-def train_unet(pool: Pool, config: StageConfig, folder: Path) -> UNet2DConditionModel:
+def train_unet(pool: Pool, config: StageConfig, folder: Path) -> Any:
     """Train with v-prediction; steps with little noise, which settle only detail, weigh less.
 
     Loss: min(1, 5 / (snr + 1)) * ||v_hat - v||^2: on the image, a weight of min(snr + 1, 5).
     Source: Hang et al. 2023, Efficient diffusion training via min-SNR weighting, with full weight kept at pure noise.
     """
     torch.manual_seed(config.seed)
-    unet, scheduler = build_unet(), build_scheduler()
+    unet: Any = build_unet()
+    scheduler: Any = build_scheduler()
     alphas = scheduler.alphas_cumprod
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -170,6 +173,6 @@ def train_unet(pool: Pool, config: StageConfig, folder: Path) -> UNet2DCondition
         weight = (5 / (snr + 1)).clamp(max=1)
         return (error * weight).mean(), {"mse": error.mean().item()}
 
-    trained = run_stage("unet", folder, unet, config, loss_of)
+    trained: Any = run_stage("unet", folder, unet, config, loss_of)
     trained.save_pretrained(folder / "unet")
     return trained

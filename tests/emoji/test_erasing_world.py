@@ -1,0 +1,159 @@
+"""Erasing in the embedded world: every score and every edit, with the unerased model as the control."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import itd
+from itd import emoji
+from itd.emoji.captions import with_article
+from itd.emoji.generate import generate
+from itd.emoji.prompts import erase_sets, world_prompts
+from itd.gate import auroc
+from itd.prompts import fill
+from itd.templates import TEMPLATES
+
+NAMES = ("cat", "elephant", "penguin", "spider")
+KEPT = ("dog", "lion", "owl", "snail", "koala", "robot")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return emoji.load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return emoji.load_sae()
+
+
+@pytest.fixture(scope="module")
+def sets():
+    target, retain, neutral = erase_sets(NAMES)
+    return target, retain, neutral.sample(800)
+
+
+@pytest.fixture(scope="module")
+def erasers(pipe, sae, sets):
+    """One eraser per score; the paper's preset uses `reconstruction`."""
+    default = itd.PRESETS["default"]
+    configs = {score: dataclasses.replace(default, score=score) for score in ("evidence", "contribution")}
+    configs["reconstruction"] = itd.PRESETS["paper"]
+    return {score: itd.erase(pipe, sae, emoji.HOOK_POINT, *sets, config=config) for score, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def probes():
+    def held_out(names):
+        return [fill(template, name) for name in names for template in TEMPLATES["test"]]
+
+    return held_out(NAMES), held_out(KEPT)
+
+
+def scores_of(eraser, pipe, prompts):
+    return torch.tensor([check.score for check in eraser.check(pipe, prompts)])
+
+
+@pytest.mark.parametrize("score", ["evidence", "contribution", "reconstruction"])
+def test_every_score_ranks_the_target_above_what_is_kept(pipe, erasers, probes, score):
+    positives, negatives = (scores_of(erasers[score], pipe, prompts) for prompts in probes)
+    assert auroc(positives, negatives) > 0.7
+
+
+def test_evidence_separates_at_least_as_well_as_the_other_scores(pipe, erasers, probes):
+    areas = {}
+    for score, eraser in erasers.items():
+        areas[score] = auroc(*(scores_of(eraser, pipe, prompts) for prompts in probes))
+    assert areas["evidence"] > 0.97
+    assert areas["evidence"] >= max(areas.values()) - 0.01
+
+
+def test_the_default_gate_fires_on_the_target_and_passes_the_rest(pipe, erasers, probes):
+    hits, kept = ([check.fired for check in erasers["evidence"].check(pipe, prompts)] for prompts in probes)
+    assert sum(hits) >= 0.8 * len(hits)
+    assert sum(kept) <= 0.1 * len(kept)
+
+
+def drawn(pipe, names, n=4):
+    prompts = [fill(TEMPLATES["test"][i], name) for name in names for i in range(n)]
+    return generate(pipe, prompts, range(len(prompts))), [name for name in names for _ in range(n)]
+
+
+def recognised(images, names):
+    said = emoji.load_judge().name(images)[0]
+    return sum(a == b for a, b in zip(said, names, strict=True)) / len(names)
+
+
+@pytest.fixture(scope="module")
+def unerased(pipe):
+    return drawn(pipe, NAMES)
+
+
+@pytest.mark.parametrize("mode", ["scale", "remove", "subtract", "replace"])
+def test_every_edit_changes_gated_pictures_and_none_that_passes(pipe, erasers, unerased, mode):
+    eraser = erasers["evidence"].with_edit(mode, {"scale": -8.0}.get(mode, -3.0))
+    with eraser.attach(pipe) as attached:
+        erased, names = drawn(pipe, NAMES)
+    assert attached.n_fired >= 0.8 * attached.n_prompts
+    assert not torch.equal(erased, unerased[0])
+    if mode != "remove":
+        assert recognised(erased, names) < 0.5 * recognised(*unerased)
+    passing = [prompt for prompt in ("a pizza", "a bus in the city") if not eraser.check(pipe, prompt)[0].fired]
+    before = generate(pipe, passing, range(len(passing)))
+    with eraser.attach(pipe):
+        assert torch.equal(generate(pipe, passing, range(len(passing))), before)
+    assert torch.equal(drawn(pipe, NAMES, 1)[0], drawn(pipe, NAMES, 1)[0])
+
+
+def test_subtracting_features_erases_more_than_removing_them(pipe, erasers, unerased):
+    seen = {}
+    for mode in ("remove", "subtract"):
+        with erasers["evidence"].with_edit(mode, -3.0).attach(pipe):
+            seen[mode] = recognised(*drawn(pipe, NAMES))
+    assert seen["subtract"] <= seen["remove"]
+    assert seen["subtract"] <= 0.1
+
+
+def test_a_scene_loses_the_erased_noun_and_the_gate_names_it(pipe, erasers):
+    (check,) = erasers["evidence"].check(pipe, "a cat and a pizza")
+    assert check.fired
+    assert check.concepts == ("cat",)
+    assert max(check.tokens, key=lambda pair: pair[1])[0] == "cat"
+
+
+def test_several_erasers_joined_fire_where_any_of_them_does(pipe, sae):
+    def one(name):
+        target, retain, neutral = erase_sets([name])
+        return itd.erase(pipe, sae, emoji.HOOK_POINT, target, retain.sample(400), neutral.sample(400))
+
+    cat, owl = one("cat"), one("owl")
+    prompts = ["a photo of a cat", "a photo of an owl", "a photo of a pizza"]
+    alone = [[check.fired for check in eraser.check(pipe, prompts)] for eraser in (cat, owl)]
+    joined = [check.fired for check in (cat | owl).check(pipe, prompts)]
+    assert joined == [a or b for a, b in zip(*alone, strict=True)]
+    assert joined == [True, True, False]
+
+
+def test_a_design_can_be_erased(pipe, sae):
+    eraser = itd.erase(pipe, sae, emoji.HOOK_POINT, *(part.sample(900) for part in erase_sets(["twemoji"])))
+    fired = [check.fired for check in eraser.check(pipe, ["a dog as twemoji would draw it", "a dog as noto would draw it"])]
+    assert fired == [True, False]
+
+
+def test_world_prompts_keep_the_test_templates_out():
+    texts = world_prompts(500).texts
+    stems = [template.split("{}")[0].strip() for template in TEMPLATES["test"] if len(template.split("{}")[0]) > 12]
+    assert stems
+    assert not any(stem in text for stem in stems for text in texts)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="neither a noun nor a design"):
+        erase_sets(["xylophone of doom"])
+
+
+def test_the_world_knows_the_article():
+    assert with_article("elephant") == "an elephant"
