@@ -83,7 +83,10 @@ class PromptSet(Sequence[Prompt]):
 
     def unique(self) -> PromptSet:
         """Keep the first prompt of every text."""
-        return PromptSet(tuple({prompt.text: prompt for prompt in reversed(self.prompts)}.values())[::-1])
+        first: dict[str, Prompt] = {}
+        for prompt in self.prompts:
+            first.setdefault(prompt.text, prompt)
+        return PromptSet(tuple(first.values()))
 
     # Making prompt sets
 
@@ -106,7 +109,7 @@ class PromptSet(Sequence[Prompt]):
     @classmethod
     def from_csv(cls, path: str | Path) -> PromptSet:
         """Read a CSV with a column `prompt` and, if there are any, `concept` (or `class`) and `template`."""
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             require_prompt_column(path, reader.fieldnames or ())
             return cls.from_rows(reader)
@@ -123,7 +126,7 @@ class PromptSet(Sequence[Prompt]):
     def from_parquet(cls, path: str | Path) -> PromptSet:
         """Read a Parquet file with the columns of `from_csv`; needs pyarrow."""
         try:
-            import pyarrow.parquet as parquet
+            import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError("reading Parquet needs pyarrow: pip install pyarrow") from error
         table = parquet.read_table(str(path))
