@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -39,13 +40,13 @@ class Batch:
 def stream(
     pipe: Any, site: HookPoint, prompts: PromptSet, batch_size: int = 64, desc: str = "encode prompts"
 ) -> Iterator[Batch]:
-    """Yield activations of the prompts, batch by batch, in fp32, with a progress bar when it takes long."""
+    """Yield activations of the prompts, batch by batch, in fp32 on the CPU, with a progress bar when it takes long."""
     tokenizer = pipelines.tokenizer_of(pipe, site.encoder)
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, desc=desc, unit="batch", disable=len(prompts) < 8 * batch_size, leave=False):
         part = prompts[start : start + batch_size]
         tokens = pipelines.tokenize(pipe, site.encoder, part.texts)
-        x = pipelines.activations(pipe, site, tokens).float()
+        x = pipelines.activations(pipe, site, tokens).float().cpu()
         ids = tokens.input_ids
         yield Batch(part, ids, x, pipelines.content_mask(ids, tokenizer), pipelines.edit_mask(ids, tokenizer))
 
@@ -72,9 +73,9 @@ class ActivationStore:
 
     @property
     def sha256(self) -> str:
-        """Hash of a sample of the activations and of their number, to recognise the store when training resumes."""
+        """Hash of a sample of the activations and of all weights, to recognise the store when training resumes."""
         rows = self.x[:: max(1, len(self) // 64)].contiguous()
-        return hashlib.sha256(rows.numpy().tobytes() + str(len(self)).encode()).hexdigest()
+        return hashlib.sha256(rows.numpy().tobytes() + self.weight.numpy().tobytes()).hexdigest()
 
     @classmethod
     def load(cls, folder: str | Path) -> ActivationStore:
@@ -95,8 +96,11 @@ class ActivationStore:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or altered ({error}); delete the folder and record again") from error
 
 
 class Folder:
@@ -104,16 +108,19 @@ class Folder:
 
     In a causal encoder a state depends on the tokens up to its own position only, so prompts that share a prefix share
     its states; elsewhere the whole prompt is the key. Of the padding only the first position is kept: the rest repeats it.
+    `repeats` says how often a text occurs among the prompts.
     """
 
-    def __init__(self, causal: bool) -> None:
-        self.causal = causal
+    def __init__(self, causal: bool, repeats: Mapping[str, int]) -> None:
+        self.causal, self.repeats = causal, repeats
         self.seen: dict[bytes, int] = {}
         self.weights: list[float] = []
 
-    def add(self, input_ids: Int[Tensor, "batch tokens"], content: Bool[Tensor, "batch tokens"]) -> list[tuple[int, int]]:
-        """Count a batch; return (row, position) of the activations that are new: content, the end token, one padding."""
-        new = []
+    def add(
+        self, texts: Sequence[str], input_ids: Int[Tensor, "batch tokens"], content: Bool[Tensor, "batch tokens"]
+    ) -> Bool[Tensor, "batch tokens"]:
+        """Count a batch; mark the activations that are new: content, the end token, one padding."""
+        new = torch.zeros_like(content)
         positions = torch.arange(content.shape[1])
         first = torch.where(content, positions, content.shape[1]).amin(1).tolist()
         last = torch.where(content, positions, -1).amax(1).tolist()
@@ -121,12 +128,11 @@ class Folder:
             for position in range(first[row], min(last[row] + 3, len(ids))):
                 prefix = ids[: position + 1] if self.causal else ids
                 key = hashlib.blake2b(prefix.tobytes() + position.to_bytes(4, "little"), digest_size=12).digest()
-                if key in self.seen:
-                    self.weights[self.seen[key]] += 1
-                else:
+                if key not in self.seen:
                     self.seen[key] = len(self.weights)
-                    self.weights.append(1.0)
-                    new.append((row, position))
+                    self.weights.append(0.0)
+                    new[row, position] = True
+                self.weights[self.seen[key]] += self.repeats[texts[row]]
         return new
 
 
@@ -150,7 +156,7 @@ def record(
         raise ValueError("record needs at least one prompt")
     site.resolve(pipe)
     unique = prompts.unique()
-    counted = Folder(pipelines.is_causal(pipelines.encoder_of(pipe, site.encoder)))
+    counted = Folder(pipelines.is_causal(pipelines.encoder_of(pipe, site.encoder)), Counter(prompts.texts))
     config = {
         "kind": "activations", "itd_version": itd_version(), "hook_point": str(site), "prompts_sha256": prompts.sha256,
         "shard_prompts": shard_prompts, "finished": False, "shards": [],
@@ -192,23 +198,21 @@ def record_shard(
         tokens = pipelines.tokenize(pipe, site.encoder, prompts.texts).input_ids
         content = pipelines.content_mask(tokens, pipelines.tokenizer_of(pipe, site.encoder))
         x = read_tensor(path, "x")
-        if len(counted.add(tokens, content)) != len(x):
+        if int(counted.add(prompts.texts, tokens, content).sum()) != len(x):
             raise ValueError(f"{path} does not fit the prompts; delete the folder and record again")
         return x
-    kept = []
-    for batch in stream(pipe, site, prompts, batch_size, desc="record activations"):
-        kept.extend(batch.x[row, position] for row, position in counted.add(batch.input_ids, batch.content))
-    x = torch.stack(kept) if kept else torch.empty(0, 0)
+    batches = stream(pipe, site, prompts, batch_size, desc="record activations")
+    x = torch.cat([batch.x[counted.add(batch.prompts.texts, batch.input_ids, batch.content)] for batch in batches])
     if path is not None:
         write_tensors(path, {"x": x})
     return x
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write to a temporary file, then rename; nothing half-written stays."""
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata=metadata)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

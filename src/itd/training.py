@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from itd.activations import ActivationStore
+from itd.activations import ActivationStore, write_tensors
 from itd.kernels import SparseGradients, add_gradients, sparse_decode, sparse_gradients, topk_encode
 from itd.sae import SAE, TRAINING_COPIES, SAEConfig
 
@@ -189,14 +188,12 @@ class Trainer:
     # Checkpoints
 
     def save(self, path: Path, step: int, seconds: float) -> None:
-        """Write the whole state to a temporary file, then rename it."""
+        """Write the whole state."""
         tensors = {f"weights/{key}": value for key, value in self.weights.items()}
         tensors |= {f"first/{key}": value for key, value in self.first.items()}
         tensors |= {f"second/{key}": value for key, value in self.second.items()}
         tensors |= {"last_step": self.last_step, "idle": self.idle}
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"run": self.identity(), "step": str(step), "seconds": str(seconds)})
-        temporary.replace(path)
+        write_tensors(path, tensors, {"run": self.identity(), "step": str(step), "seconds": str(seconds)})
 
     def load(self, path: Path) -> tuple[int, float]:
         """Restore the state; return the step to go on with and the seconds spent before.
@@ -223,7 +220,10 @@ class Trainer:
     def result(self, fvu: float, seconds: float) -> SAE:
         dead = float((self.idle >= self.train.dead_tokens).float().mean())
         metrics = {"fvu": fvu, "dead_share": dead, "tokens": float(self.train.n_tokens), "seconds": round(seconds, 1)}
-        return SAE(self.config, **self.weights, hook_point=self.store.hook_point, metrics=metrics)
+        w = self.weights
+        return SAE(
+            self.config, w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], hook_point=self.store.hook_point, metrics=metrics
+        )
 
 
 @torch.no_grad()
