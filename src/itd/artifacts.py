@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,22 +35,26 @@ def sha256_of(path: Path) -> str:
 def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary folder beside `folder`, then rename it; nothing half-written stays.
 
-    An artifact or an empty folder at `folder` is replaced; anything else there is an error.
+    An artifact or an empty folder at `folder` is replaced once the new one is whole; anything else there is an error.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).exists())):
         raise ValueError(f"{target} holds something that is not an artifact; name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    old = target.with_name(f"{temporary.name}.old")
     try:
         temporary.mkdir()
         write(temporary)
         if target.exists():
-            shutil.rmtree(target)
+            target.replace(old)
         temporary.replace(target)
     except BaseException:
+        if old.exists():
+            old.replace(target)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_artifact(folder: str | Path, kind: str, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -81,33 +86,55 @@ def read_config(folder: str | Path, kind: str, keys: Iterable[str]) -> dict[str,
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); save the {kind} again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object; save the {kind} again")
     if config.get("kind") != kind:
         raise ValueError(f"{path} describes a {config.get('kind')!r}, not a {kind!r}")
     if config.get("schema_version") != SCHEMA_VERSION:
         found = config.get("schema_version")
         raise ValueError(f"{path} has schema_version {found!r}, this itd reads {SCHEMA_VERSION}; save it with this version")
-    expected = {"kind", "schema_version", "itd_version", "sha256", *keys}
-    if set(config) != expected:
-        unknown, missing = sorted(set(config) - expected), sorted(expected - set(config))
-        raise ValueError(f"{path}: unknown keys {unknown}, missing keys {missing}; save the {kind} again")
+    require_keys(path, config, {"kind", "schema_version", "itd_version", "sha256", *keys})
     return config
 
 
-def read_tensors(folder: str | Path, config: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+def require_keys(path: Path, found: Any, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raise ValueError naming the file unless `found` has these keys and no others."""
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: expected an object with the keys {sorted(expected)}, found {found!r}; save it again")
+    missing, unknown = set(expected) - set(found), set(found) - {*expected, *optional}
+    if missing or unknown:
+        raise ValueError(f"{path}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; save it again")
+
+
+@contextmanager
+def reading(folder: str | Path) -> Generator[None, None, None]:
+    """Turn what values of a wrong type, shape or range raise into a ValueError that names the artifact."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is malformed: {error}; save it again") from error
+
+
+def read_tensors(
+    folder: str | Path, config: Mapping[str, Any], name: str, keys: Iterable[str], optional: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Read `{name}.safetensors` after checking its hash; tensors are memory-mapped.
 
     Raises:
-        ValueError: the file is missing, truncated or altered.
+        ValueError: the file is missing, truncated or altered, or does not hold the tensors `keys`.
     """
     path = Path(folder) / f"{name}.safetensors"
+    require_keys(Path(folder) / CONFIG, config["sha256"], {path.name})
     if not path.is_file():
         raise ValueError(f"{path} is missing; copy the whole folder, or save it again")
-    if sha256_of(path) != config["sha256"].get(path.name):
+    if sha256_of(path) != config["sha256"][path.name]:
         raise ValueError(f"{path} is truncated or altered: its sha256 is not the one in {CONFIG}; copy or save it again")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file ({error}); save it again") from error
+    require_keys(path, tensors, keys, optional)
+    return tensors
 
 
 def artifact_sha256(config: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from itd.artifacts import read_config, read_tensors, save_artifact
+from itd.artifacts import CONFIG, read_config, read_tensors, reading, require_keys, save_artifact
 from itd.features import ConceptFeatures
 from itd.gate import Decision, Gate, keep_features
 from itd.hooks import HookPoint
@@ -111,6 +111,8 @@ class Eraser:
         Raises:
             ValueError: wrong d_model, or NaN or infinity in the activations.
         """
+        if not x.isfinite().all():
+            raise ValueError("activations contain NaN or infinity: the text encoder overflowed; use fp32 or bf16")
         decisions = [self.decide(row[mask]) for row, mask in zip(x, content, strict=True)]
         if not any(decision.fired for decision in decisions):
             return Erased(x, decisions)
@@ -172,15 +174,19 @@ class Eraser:
                 raise ValueError(f"erasers join only with the same {what}: {getattr(self, what)} and {getattr(other, what)}")
         if self.fingerprint is not None and other.fingerprint is not None:
             self.require_encoder(other.fingerprint)
-        fresh = [i for i, name in enumerate(other.names) if name not in self.names]
+        mine = list(zip(self.concepts, self.gate.thresholds, strict=True))
+        fresh = [
+            (concept, threshold)
+            for concept, threshold in zip(other.concepts, other.gate.thresholds, strict=True)
+            if not any(threshold == known and concept.equals(same) for same, known in mine)
+        ]
         if not fresh:
             return self
-        added = replace(other.gate, thresholds=tuple(other.gate.thresholds[i] for i in fresh))
         return replace(
             self,
-            concepts=self.concepts + tuple(other.concepts[i] for i in fresh),
-            gate=self.gate | added,
-            records=self.records + other.records,
+            concepts=self.concepts + tuple(concept for concept, _ in fresh),
+            gate=self.gate | replace(other.gate, thresholds=tuple(threshold for _, threshold in fresh)),
+            records=self.records + tuple(record for record in other.records if record not in self.records),
         )
 
     def require_encoder(self, fingerprint: Float[Tensor, " d_model"]) -> None:
@@ -249,23 +255,29 @@ class Eraser:
         """
         keys = ("sae", "hook_point", "concepts", "gate", "edit", "records")
         config = read_config(folder, KIND, keys)
-        tensors = read_tensors(folder, config, "features")
-        sizes = [concept["n_features"] for concept in config["concepts"]]
-        indices, weights = tensors["indices"].split(sizes), tensors["weights"].split(sizes)
-        concepts = tuple(
-            ConceptFeatures(c["name"], i, w, c["scale"], c["offset"])
-            for c, i, w in zip(config["concepts"], indices, weights, strict=True)
-        )
-        return cls(
-            find_sae(config["sae"], sae, folder),
-            HookPoint.parse(config["hook_point"]),
-            concepts,
-            Gate.from_dict(config["gate"]),
-            Edit(**config["edit"]),
-            tensors.get("fingerprint"),
-            tensors.get("anchors"),
-            tuple(config["records"]),
-        )
+        place = Path(folder) / CONFIG
+        require_keys(place, config["sae"], ("sha256", "source"))
+        for concept in config["concepts"]:
+            require_keys(place, concept, ("name", "n_features", "scale", "offset"))
+        tensors = read_tensors(folder, config, "features", ("indices", "weights"), ("fingerprint", "anchors"))
+        needed = find_sae(config["sae"], sae, folder)
+        with reading(folder):
+            sizes = [concept["n_features"] for concept in config["concepts"]]
+            indices, weights = tensors["indices"].split(sizes), tensors["weights"].split(sizes)
+            concepts = tuple(
+                ConceptFeatures(c["name"], i, w, c["scale"], c["offset"])
+                for c, i, w in zip(config["concepts"], indices, weights, strict=True)
+            )
+            return cls(
+                needed,
+                HookPoint.parse(config["hook_point"]),
+                concepts,
+                Gate.from_dict(config["gate"]),
+                Edit(**config["edit"]),
+                tensors.get("fingerprint"),
+                tensors.get("anchors"),
+                tuple(config["records"]),
+            )
 
 
 def find_sae(wanted: dict[str, Any], sae: SAE | None, folder: str | Path) -> SAE:

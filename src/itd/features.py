@@ -41,6 +41,11 @@ class ConceptFeatures:
         keep = ~torch.isin(self.indices, other.indices)
         return ConceptFeatures(self.name, self.indices[keep], self.weights[keep], self.scale, self.offset)
 
+    def equals(self, other: ConceptFeatures) -> bool:
+        """Tell whether both are the same concept with the same features, weights and units."""
+        same = (self.name, self.scale, self.offset) == (other.name, other.scale, other.offset)
+        return same and torch.equal(self.indices, other.indices) and torch.equal(self.weights, other.weights)
+
     def spread(self, indices: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return the weights at `indices`, 0 where this concept has no such feature."""
         weights = torch.zeros(len(indices))

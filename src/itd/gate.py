@@ -100,17 +100,22 @@ def score(
 
     Maximum over tokens; for `reconstruction` the mean, as the paper applies it. A prompt without content tokens scores
     minus infinity: it never fires.
+
+    Raises:
+        ValueError: an unknown score, NaN activations, or a score that is NaN, which no threshold could stop.
     """
+    if name not in SCORES:
+        raise ValueError(f"score must be one of {SCORES}, got {name!r}")
     if len(x) == 0:
         return Scores(torch.zeros(0, len(concepts)), torch.full((len(concepts),), -math.inf))
     codes = sae.encode(x)
     if name == "reconstruction":
         tokens = reconstruction(sae, concepts, codes, x.to(sae.b_dec.dtype), strength)
-        return Scores(tokens, tokens.mean(0))
-    if name not in SCORES:
-        raise ValueError(f"score must be one of {SCORES}, got {name!r}")
-    tokens = (evidence if name == "evidence" else contribution)(sae, concepts, codes)
-    return Scores(tokens, tokens.amax(0))
+    else:
+        tokens = (evidence if name == "evidence" else contribution)(sae, concepts, codes)
+    if tokens.isnan().any():
+        raise ValueError("the score is NaN: the autoencoder's or the features' weights are damaged; load or make them again")
+    return Scores(tokens, tokens.mean(0) if name == "reconstruction" else tokens.amax(0))
 
 
 # Calibration
@@ -218,6 +223,12 @@ class Gate:
     strength: float = -8.0
     """Strength inside the paper's score; the others do not use it."""
 
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {SCORES}, got {self.score!r}")
+        if any(math.isnan(threshold) for threshold in self.thresholds):
+            raise ValueError(f"thresholds must be numbers, got {self.thresholds}: nothing would ever fire")
+
     def decide(self, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"]) -> Decision:
         """Decide on the content tokens of one prompt. Batch neighbours and padding have no part in it."""
         scores = score(self.score, sae, concepts, x, self.strength)
@@ -238,4 +249,5 @@ class Gate:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Gate:
-        return cls(values["score"], tuple(values["thresholds"]), values["strength"])
+        rest = {key: value for key, value in values.items() if key != "thresholds"}
+        return cls(thresholds=tuple(values["thresholds"]), **rest)

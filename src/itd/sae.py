@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itd.artifacts import artifact_sha256, read_config, read_tensors, save_artifact
+from itd.artifacts import CONFIG, artifact_sha256, read_config, read_tensors, reading, require_keys, save_artifact
 from itd.hooks import HookPoint
 from itd.kernels import SparseCodes, sparse_decode, topk_encode
 
@@ -132,7 +131,7 @@ class SAE:
         """Return `sum_j acts_j W_dec[indices_j]`: what latents write, without the bias."""
         k = codes.acts.shape[-1]
         flat = SparseCodes(codes.acts.reshape(-1, k), codes.indices.reshape(-1, k))
-        return sparse_decode(flat, self.W_dec).reshape(*codes.acts.shape[:-1], -1)
+        return sparse_decode(flat, self.W_dec).reshape(*codes.acts.shape[:-1], self.config.d_model)
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "*batch d_model"]:
         """Return the reconstruction x_hat."""
@@ -175,15 +174,17 @@ class SAE:
 
         Raises:
             FileNotFoundError: no autoencoder there.
-            ValueError: a file is truncated, altered, or of another kind.
+            ValueError: a file is truncated, altered, of another kind, or holds what it should not.
         """
         config = read_config(folder, KIND, ("sae", "hook_point", "metrics"))
-        tensors = {name: value.float() for name, value in read_tensors(folder, config, "sae").items()}
-        hook_point = None if config["hook_point"] is None else HookPoint.parse(config["hook_point"])
-        details: dict[str, Any] = {
-            "hook_point": hook_point,
-            "source": str(Path(folder).resolve()),
-            "sha256": artifact_sha256(config),
-            "metrics": config["metrics"],
-        }
-        return cls(SAEConfig(**config["sae"]), **tensors, **details)
+        require_keys(Path(folder) / CONFIG, config["sae"], [f.name for f in fields(SAEConfig)])
+        tensors = read_tensors(folder, config, "sae", ("W_enc", "b_enc", "W_dec", "b_dec"))
+        with reading(folder):
+            return cls(
+                SAEConfig(**config["sae"]),
+                **{name: value.float() for name, value in tensors.items()},
+                hook_point=None if config["hook_point"] is None else HookPoint.parse(config["hook_point"]),
+                source=str(Path(folder).resolve()),
+                sha256=artifact_sha256(config),
+                metrics=config["metrics"],
+            )

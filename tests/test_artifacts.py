@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from itd import artifacts
+from itd.artifacts import artifact_sha256, read_config, read_tensors, save_artifact, write_folder
+
+TENSORS = {"part": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}}
+
+
+def save(folder: Path, value: int = 1) -> None:
+    save_artifact(folder, "thing", {"value": value}, TENSORS)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    config = read_config(folder, "thing", ("value",))
+    return config, read_tensors(folder, config, "part", ("a", "b"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of `config.json`; None deletes a key."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_an_artifact_reads_back_as_it_was_saved(tmp_path: Path) -> None:
+    save(tmp_path / "new" / "thing")
+    config, tensors = read(tmp_path / "new" / "thing")
+    assert config["value"] == 1
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS["part"].items())
+
+
+def test_an_artifact_is_a_config_and_safetensors_and_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path / "thing")
+    assert sorted(path.name for path in (tmp_path / "thing").iterdir()) == ["config.json", "part.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_the_config_states_the_hash_of_every_file(tmp_path: Path) -> None:
+    save(tmp_path / "thing")
+    config, _ = read(tmp_path / "thing")
+    bits = (tmp_path / "thing" / "part.safetensors").read_bytes()
+    assert config["sha256"] == {"part.safetensors": hashlib.sha256(bits).hexdigest()}
+
+
+def test_the_hash_of_an_artifact_depends_on_its_tensors_only(tmp_path: Path) -> None:
+    save(tmp_path / "a")
+    save(tmp_path / "b", value=2)
+    save_artifact(tmp_path / "c", "thing", {"value": 1}, {"part": {"a": torch.ones(2), "b": torch.ones(1)}})
+    hashes = [artifact_sha256(read_config(tmp_path / name, "thing", ("value",))) for name in "abc"]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+# Writing
+
+
+def test_an_artifact_and_an_empty_folder_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thing").mkdir()
+    save(tmp_path / "thing", value=1)
+    (tmp_path / "thing" / "leftover.txt").touch()
+    save(tmp_path / "thing", value=2)
+    assert read(tmp_path / "thing")[0]["value"] == 2
+    assert not (tmp_path / "thing" / "leftover.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_not_an_artifact_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "thesis"
+    if kind == "folder":
+        place.mkdir()
+    file = place / "chapter.txt" if kind == "folder" else place
+    file.write_text("years of work")
+    with pytest.raises(ValueError, match="thesis holds something that is not an artifact; name another folder"):
+        save(place)
+    assert file.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("at", ["tensors", "config", "rename"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_keeps_the_old_artifact_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, existing: bool
+) -> None:
+    if existing:
+        save(tmp_path / "thing", value=1)
+    real_write, real_replace = Path.write_text, Path.replace
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        Path(args[1]).write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    def write_or_fail(path: Path, text: str, **kwargs: Any) -> int:
+        real_write(path, text[:10], **kwargs)
+        raise OSError(28, "No space left on device")
+
+    def replace_or_fail(path: Path, target: Path) -> Path:
+        if (
+            target.name == "thing"
+            and (path / "config.json").exists()
+            and json.loads((path / "config.json").read_text())["value"] == 2
+        ):
+            raise OSError(28, "No space left on device")
+        return real_replace(path, target)
+
+    with monkeypatch.context() as patch:
+        if at == "tensors":
+            patch.setattr(artifacts, "save_file", full)
+        elif at == "config":
+            patch.setattr(Path, "write_text", write_or_fail)
+        else:
+            patch.setattr(Path, "replace", replace_or_fail)
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path / "thing", value=2)
+    assert [path.name for path in tmp_path.iterdir()] == (["thing"] if existing else [])
+    if existing:
+        assert read(tmp_path / "thing")[0]["value"] == 1
+    save(tmp_path / "thing", value=2)
+    assert read(tmp_path / "thing")[0]["value"] == 2
+
+
+def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "thing", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Reading
+
+
+def test_a_folder_without_an_artifact_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no thing at .*: config\.json is missing"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "other"}, "describes a 'other', not a 'thing'"),
+        ({"kind": None}, "describes a None, not a 'thing'"),
+        ({"schema_version": 99}, "has schema_version 99, this itd reads 1"),
+        ({"typo": 1}, r"unknown keys \['typo'\], missing keys \[\]; save it again"),
+        ({"value": None}, r"missing keys \['value'\]"),
+        ({"sha256": None}, r"missing keys \['sha256'\]"),
+        ({"sha256": "text"}, r"expected an object with the keys \['part\.safetensors'\], found 'text'"),
+        ({"sha256": {}}, r"missing keys \['part\.safetensors'\]"),
+        ({"sha256": {"part.safetensors": "0"}}, "is truncated or altered"),
+    ],
+)
+def test_an_altered_config_is_an_error_that_names_the_file(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save(tmp_path / "thing")
+    edit_config(tmp_path / "thing", **changes)
+    with pytest.raises(ValueError, match=rf"/thing/.*{message}"):
+        read(tmp_path / "thing")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"kind": "thi', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[]", "not a JSON object"),
+        (b"3", "not a JSON object"),
+    ],
+)
+def test_a_config_that_is_no_object_is_an_error_that_names_the_file(tmp_path: Path, text: bytes, message: str) -> None:
+    save(tmp_path / "thing")
+    (tmp_path / "thing" / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"thing/config\.json is {message}.*save the thing again"):
+        read(tmp_path / "thing")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, damage: str) -> None:
+    save(tmp_path / "thing")
+    path = tmp_path / "thing" / "part.safetensors"
+    bits = path.read_bytes()
+    path.write_bytes({"truncated": bits[:-3], "altered": bits[:-1] + bytes([bits[-1] ^ 1]), "emptied": b""}[damage])
+    with pytest.raises(ValueError, match=r"part\.safetensors is truncated or altered.*copy or save it again"):
+        read(tmp_path / "thing")
+
+
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    save(tmp_path / "thing")
+    (tmp_path / "thing" / "part.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"part\.safetensors is missing; copy the whole folder"):
+        read(tmp_path / "thing")
+
+
+def test_a_file_that_is_not_safetensors_is_an_error_even_if_its_hash_is_right(tmp_path: Path) -> None:
+    save(tmp_path / "thing")
+    (tmp_path / "thing" / "part.safetensors").write_bytes(b"not tensors")
+    edit_config(tmp_path / "thing", sha256={"part.safetensors": hashlib.sha256(b"not tensors").hexdigest()})
+    with pytest.raises(ValueError, match=r"part\.safetensors is not a safetensors file"):
+        read(tmp_path / "thing")
+
+
+@pytest.mark.parametrize(("keys", "message"), [(("a",), r"unknown keys \['b'\]"), (("a", "b", "c"), r"missing keys \['c'\]")])
+def test_the_tensors_must_be_those_that_are_expected(tmp_path: Path, keys: tuple[str, ...], message: str) -> None:
+    save(tmp_path / "thing")
+    config = read_config(tmp_path / "thing", "thing", ("value",))
+    with pytest.raises(ValueError, match=rf"part\.safetensors: .*{message}"):
+        read_tensors(tmp_path / "thing", config, "part", keys)
+
+
+def test_an_optional_tensor_may_be_there_or_not(tmp_path: Path) -> None:
+    save(tmp_path / "thing")
+    config = read_config(tmp_path / "thing", "thing", ("value",))
+    assert set(read_tensors(tmp_path / "thing", config, "part", ("a",), ("b", "c"))) == {"a", "b"}
