@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class Attachment(Handle):
         self.gated_calls: int | None = None
         """How many more encoder calls carry positive prompts; None outside `encode_prompt`, where all are gated."""
         enforcer = Enforcer.of(pipe)
-        enforcer.attachments.append(self)
+        enforcer.add(self)
         look = before_forward(self.encoder, self.remember_tokens)
         hook = edit_output(module, self.gate)
         super().__init__(lambda: enforcer.drop(self), look.remove, hook.remove)
@@ -76,13 +77,10 @@ class Attachment(Handle):
             )
         self.fired_in_call, self.gated_calls = 0, int(has_prompt)
 
-    def end_call(self, has_prompt: bool) -> None:
-        fired, self.gated_calls = self.fired_in_call, None
-        if has_prompt and fired == 0:
-            raise RuntimeError(
-                f"the gate at {self.eraser.hook_point} did not run while the prompt was encoded; "
-                "nothing was generated: remove the eraser to generate without it"
-            )
+    def end_call(self) -> int:
+        """Gate every call of the encoder again; return how often the hook ran since `begin_call`."""
+        self.gated_calls = None
+        return self.fired_in_call
 
 
 class Enforcer:
@@ -91,18 +89,25 @@ class Enforcer:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.attachments: list[Attachment] = []
-        self.issued: list[Tensor] = []
-        """Embeddings that the last `encode_prompt` returned: what may reach the image model."""
+        self.issued: set[bytes] = set()
+        """Digests of the embeddings that `encode_prompt` returned: what may reach the image model."""
         self.admitted: Tensor | None = None
         self.encode_prompt: Callable[..., Any] = pipe.encode_prompt
+        self.replaced = vars(pipe).get("encode_prompt")
+        """The pipeline's own attribute, where it had one that hid the method of its class."""
         self.signature = inspect.signature(self.encode_prompt)
+        self.guard = before_forward(pipelines.image_model(pipe), self.check_embeddings)
         pipe.encode_prompt = self.encode_gated
         setattr(pipe, ENFORCER, self)
-        self.guard = before_forward(pipelines.image_model(pipe), self.check_embeddings)
 
     @classmethod
     def of(cls, pipe: Any) -> Enforcer:
         return getattr(pipe, ENFORCER, None) or cls(pipe)
+
+    def add(self, attachment: Attachment) -> None:
+        """Enforce one more eraser; embeddings that were encoded without it are not accepted any more."""
+        self.attachments.append(attachment)
+        self.issued, self.admitted = set(), None
 
     def drop(self, attachment: Attachment) -> None:
         """Forget an attachment; with the last one the pipeline is as it was."""
@@ -110,6 +115,8 @@ class Enforcer:
         if not self.attachments:
             self.guard.remove()
             del self.pipe.encode_prompt
+            if self.replaced is not None:
+                self.pipe.encode_prompt = self.replaced
             delattr(self.pipe, ENFORCER)
 
     def encode_gated(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,31 +129,46 @@ class Enforcer:
         arguments = self.signature.bind(*args, **kwargs).arguments
         by_hand = [name for name in EMBEDDINGS if arguments.get(name) is not None]
         for name in by_hand:
-            if not any(arguments[name] is tensor for tensor in self.issued):
+            if not self.passed(arguments[name]):
                 raise ValueError(f"{name} did not pass the gate of the attached eraser; pass the prompt as text")
         has_prompt = not by_hand and arguments.get("prompt") is not None
-        for attachment in self.attachments:
-            attachment.begin_call(has_prompt)
-        result = self.encode_prompt(*args, **kwargs)
-        for attachment in self.attachments:
-            attachment.end_call(has_prompt)
+        try:
+            for attachment in self.attachments:
+                attachment.begin_call(has_prompt)
+            result = self.encode_prompt(*args, **kwargs)
+        finally:
+            ran = [attachment.end_call() for attachment in self.attachments]
+        for attachment, n_runs in zip(self.attachments, ran, strict=True):
+            if has_prompt and n_runs == 0:
+                raise RuntimeError(
+                    f"the gate at {attachment.eraser.hook_point} did not run while the prompt was encoded; "
+                    "nothing was generated: remove the eraser to generate without it"
+                )
         outputs = result if isinstance(result, tuple) else (result,)
-        self.issued = [output for output in outputs if isinstance(output, Tensor)]
+        self.issued.update(digest(row) for output in outputs if isinstance(output, Tensor) for row in output)
         return result
+
+    def passed(self, states: Tensor) -> bool:
+        """Tell whether every row came from `encode_gated` since the last eraser was attached."""
+        return all(digest(row) in self.issued for row in states)
 
     def check_embeddings(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise RuntimeError unless every row of the image model's text states came from `encode_gated`."""
         states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if states is None or states is self.admitted:
             return
-        issued = [row for tensor in self.issued if tensor.shape[1:] == states.shape[1:] for row in tensor]
-        for row in states:
-            if not any(torch.equal(row, known) for known in issued):
-                raise RuntimeError(
-                    "text states reached the image model without passing the gate of the attached eraser; "
-                    "let the pipeline encode the prompt"
-                )
+        if not self.passed(states):
+            raise RuntimeError(
+                "text states reached the image model without passing the gate of the attached eraser; "
+                "let the pipeline encode the prompt"
+            )
         self.admitted = states
+
+
+def digest(row: Tensor) -> bytes:
+    """Return what identifies a tensor's bits and shape, without keeping the tensor."""
+    values = torch.atleast_1d(row.detach().cpu()).contiguous().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().tobytes() + str((row.dtype, row.shape)).encode(), digest_size=16).digest()
 
 
 def attach(eraser: Eraser, pipe: Any) -> Attachment:
