@@ -40,7 +40,9 @@ class EraseConfig:
     k_sel: int = 128
     """Latents per prompt, for `difference`: 128 for celebrities and explicit content, 256 for styles."""
     score: ScoreName = "evidence"
+    """What the gate compares with its threshold; `reconstruction` is the paper's."""
     edit: EditMode = "subtract"
+    """What is done to a gated prompt; `scale` is the paper's."""
     strength: float = -3.0
     """What the features' acts are multiplied by: 1 leaves, 0 removes."""
     fpr: float | None = 0.005
@@ -50,6 +52,7 @@ class EraseConfig:
     anchor: str = "a picture of something"
     """For the edit `replace`: the prompt whose activations stand in."""
     seed: int = 0
+    """Of the split of prompts that carry none."""
 
     def __post_init__(self) -> None:
         if self.selection not in SELECTIONS:

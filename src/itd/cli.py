@@ -1,0 +1,325 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+import tyro
+
+from itd import describe, inputs
+from itd.activations import ActivationStore, record
+from itd.artifacts import CONFIG
+from itd.erasing import PRESETS, EraseConfig, erase
+from itd.generation import consecutive_seeds, generate, picture_lines, pipeline_options, write_pictures
+from itd.runs import COMMAND, Values, base_arguments, command_name, flat, require_free, run_folder, write_arguments
+from itd.sae import SAEConfig
+from itd.training import PAPER_TRAINING, TrainConfig, train
+
+DESCRIPTION = "Erase concepts from text-to-image diffusion models and leave every other prompt untouched."
+
+Many = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+"""A flag that takes several values and may be repeated."""
+Prompts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")]
+Erasers = tyro.conf.UseAppendAction[tuple[Path, ...]]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+MaybeStr = Annotated[str | None, tyro.conf.arg(metavar="STR")]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+MaybeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What all commands take."""
+
+    presets: ClassVar[Mapping[str, Values]] = {}
+    either: ClassVar[tuple[str, ...]] = ()
+    """Flags of which one replaces the others."""
+
+    config: MaybePath = None
+    """File of arguments, as a run folder holds it (config.json or command.json). Flags given beside it count more."""
+
+    def run(self) -> None:
+        """Call the library and print."""
+        raise NotImplementedError
+
+    @property
+    def resume_file(self) -> Path | None:
+        """Arguments with which a run that was stopped goes on, if it can."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnModel(Command):
+    """What commands take that load a pipeline."""
+
+    model: MaybeStr = None
+    """Folder or Hugging Face id of a diffusers pipeline. Without it, the embedded world."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Command):
+    """Erase concepts in the embedded world and show pictures before and after."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the report, its numbers and the erasers."""
+    identity: str = "cat"
+    """The noun that is erased first."""
+    design: str = "twemoji"
+    """The design that is erased second."""
+    retrain: bool = False
+    """Train the autoencoder first instead of taking the one that is shipped."""
+    full: bool = False
+    """Erase 50 of the benchmark's 100 identities instead of the short tour."""
+    seed: int = 0
+    """Seed of the prompts and pictures."""
+
+    def run(self) -> None:
+        from itd.demo import DemoConfig, run_demo
+
+        with run_folder(self, self.out / CONFIG):
+            result = run_demo(DemoConfig(self.out, self.identity, self.design, self.retrain, self.full, self.seed))
+        print(result.table)
+        print(f"page: {result.page}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(OnModel):
+    """Run prompts through a text encoder and store the activations at a hook point. Goes on where it was stopped."""
+
+    out: Path
+    """Folder for the activations."""
+    prompts: Many = ()
+    """Prompt files: .csv, .jsonl, .parquet, .txt. Without prompts and names, the embedded world's own prompts."""
+    names: Many = ()
+    """Names of concepts, which are put into sentences."""
+    hook_point: MaybeStr = None
+    """ENCODER:PATH, as text_encoder:encoder.layers.8. The embedded world has its own."""
+    batch_size: int = 64
+    """Prompts that are encoded at a time."""
+
+    @property
+    def resume_file(self) -> Path:
+        return self.out / COMMAND
+
+    def run(self) -> None:
+        site = inputs.find_hook_point(self.model, self.hook_point)
+        prompts = inputs.recording_prompts(self.model, list(flat(self.prompts)), list(flat(self.names)))
+        pipe = inputs.load_pipeline(self.model)
+        with run_folder(self, self.resume_file):
+            store = record(pipe, site, prompts, self.out, self.batch_size)
+        print(f"{len(prompts)} prompts, {len(store)} distinct activations of d_model {store.d_model} at {site}")
+        print(f"activations: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train a sparse autoencoder on stored activations. Goes on from its last checkpoint where it was stopped."""
+
+    presets: ClassVar[Mapping[str, Values]] = {
+        "default": {"n_latents": 16_384, "k": 32, **asdict(TrainConfig())},
+        "paper": {"n_latents": SAEConfig.n_latents, "k": SAEConfig.k, **asdict(PAPER_TRAINING)},
+    }
+
+    activations: Path
+    """Folder that `itd record` wrote."""
+    out: Path
+    """Folder for checkpoints and, in its folder `sae`, the autoencoder."""
+    preset: Literal["default", "paper"] = "default"
+    """Where the other values come from: `default` is ours, `paper` follows the publication."""
+    n_latents: int = 16_384
+    """Rows of encoder and decoder."""
+    k: int = 32
+    """Latents that may be active at a position."""
+    settings: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+    @property
+    def resume_file(self) -> Path:
+        return self.out / CONFIG
+
+    def run(self) -> None:
+        with run_folder(self, self.resume_file):
+            store = ActivationStore.load(self.activations)
+            size = SAEConfig(d_model=store.d_model, n_latents=self.n_latents, k=self.k)
+            sae = train(store, size, self.settings, self.out).save(self.out / "sae")
+        metrics = sae.metrics
+        print(f"FVU {metrics['fvu']:.4f}, dead latents {metrics['dead_share']:.1%}, {metrics['seconds']:.0f} seconds")
+        print(f"autoencoder: {self.out / 'sae'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erase(OnModel):
+    """Make an eraser: select the features of concepts and calibrate the gate. Nothing is trained."""
+
+    presets: ClassVar[Mapping[str, Values]] = {name: asdict(config) for name, config in PRESETS.items()}
+    either: ClassVar[tuple[str, ...]] = ("fpr", "recall")
+
+    target: Many = ()
+    """What is to go: names, or prompt files (.csv, .jsonl, .parquet, .txt); one without a column `concept` is one concept."""
+    retain: Many = ()
+    """What must stay, close to the target: names or prompt files. Embedded world: other nouns of the same role."""
+    neutral: Many = ()
+    """General prompts that must pass: names or prompt files. Embedded world: the rest of its nouns."""
+    out: Path
+    """Folder for the eraser."""
+    sae: MaybePath = None
+    """Folder of the autoencoder. The embedded world has its own."""
+    hook_point: MaybeStr = None
+    """ENCODER:PATH, as text_encoder:encoder.layers.8. By default where the autoencoder was trained."""
+    preset: Literal["default", "paper"] = "default"
+    """Where the other values come from: `default` is ours, `paper` follows the publication."""
+    settings: tyro.conf.OmitArgPrefixes[EraseConfig] = field(default_factory=EraseConfig)
+
+    def run(self) -> None:
+        require_free(self.out, "eraser")
+        sets = inputs.concept_sets(self.model, *(list(flat(values)) for values in (self.target, self.retain, self.neutral)))
+        sae = inputs.find_sae(self.model, self.sae)
+        pipe = inputs.load_pipeline(self.model)
+        site = inputs.hook_point_of(pipe, sae, self.model, self.hook_point)
+        eraser = erase(pipe, sae, site, *sets, self.settings)
+        eraser.save(self.out)
+        write_arguments(self, self.out / COMMAND)
+        print(describe.describe_eraser(eraser))
+        print(f"eraser: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(OnModel):
+    """Tell, for each prompt, whether the gate fires, and which tokens and features decide. Generates nothing."""
+
+    prompts: Prompts = ()
+    """Prompts to check."""
+    file: MaybePath = None
+    """File of prompts to check: .csv, .jsonl, .parquet or .txt."""
+    eraser: Erasers = ()
+    """Folder of an eraser. Repeat the flag to join several."""
+    sae: MaybePath = None
+    """Folder of the autoencoder, if it is no longer where it was when the eraser was made."""
+    json: bool = False
+    """Print one JSON array instead of text."""
+    out: MaybePath = None
+    """Folder to keep the result in, as checks.json."""
+
+    def run(self) -> None:
+        prompts = inputs.read_prompts(self.prompts, self.file)
+        eraser = inputs.load_erasers(self.eraser, self.sae)
+        checks = eraser.check(inputs.load_pipeline(self.model), prompts)
+        text = json.dumps([check.to_dict() for check in checks], indent=2, ensure_ascii=False, allow_nan=False)
+        if self.out is not None:
+            with run_folder(self, self.out / CONFIG):
+                (self.out / "checks.json").write_text(text + "\n", encoding="utf-8")
+        print(text if self.json else "\n\n".join(map(describe.describe_check, checks)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(OnModel):
+    """Generate images, with or without erasers. The same prompt and seed give the same bits, unless the gate fires."""
+
+    prompts: Prompts = ()
+    """Prompts to draw."""
+    file: MaybePath = None
+    """File of prompts to draw: .csv, .jsonl, .parquet or .txt."""
+    eraser: Erasers = ()
+    """Folder of an eraser. Repeat the flag to join several."""
+    sae: MaybePath = None
+    """Folder of the autoencoder, if it is no longer where it was when the eraser was made."""
+    out: Path
+    """Folder for the images and metadata.json, which has prompt, seed and decision of the gate for each."""
+    seed: int = 0
+    """Seed of a prompt's first image; the next one has the next seed."""
+    n: int = 1
+    """Images per prompt."""
+    steps: MaybeInt = None
+    """Denoising steps. By default what the pipeline takes."""
+    guidance_scale: MaybeFloat = None
+    """Weight of classifier-free guidance. By default what the pipeline takes."""
+    negative_prompt: MaybeStr = None
+    """What to steer away from. It is not gated."""
+
+    def run(self) -> None:
+        prompts = inputs.read_prompts(self.prompts, self.file)
+        options = pipeline_options(self.model, self.steps, self.guidance_scale, self.negative_prompt)
+        seeds = consecutive_seeds(self.seed, self.n)
+        eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser else None
+        pipe = inputs.load_pipeline(self.model)
+        with run_folder(self, self.out / CONFIG):
+            pictures = generate(pipe, prompts, seeds, eraser, options)
+            rows = write_pictures(pictures, self.out, len(prompts) * len(seeds), () if eraser is None else eraser.names)
+        print("\n".join(picture_lines(rows)))
+        print(f"images: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(OnModel):
+    """Describe the installation, or what a folder holds: an autoencoder, an eraser, activations, a run, a pipeline."""
+
+    path: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = None
+    """Folder to describe. Without it, the installation and the embedded world."""
+    hook_points: bool = False
+    """List the hook points of the model instead."""
+
+    def run(self) -> None:
+        if self.hook_points:
+            print("\n".join(map(str, inputs.list_hook_points(inputs.load_pipeline(self.model)))))
+        else:
+            print(describe.describe_installation() if self.path is None else describe.describe_folder(self.path))
+
+
+COMMANDS: tuple[type[Command], ...] = (Demo, Record, Train, Erase, Check, Generate, Info)
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Parse a command line. Raises SystemExit on `--help` and on flags that are not understood."""
+    choices: list[Any] = []
+    for command in COMMANDS:
+        name = command_name(command)
+        options: dict[str, Any] = {}
+        if argv[:1] == [name]:
+            options["default"] = base_arguments(command, argv, command.presets, command.either)
+        choices.append(Annotated[command, tyro.conf.subcommand(name, **options)])
+    commands: Any = Union[tuple(choices)]  # noqa: UP007
+    return tyro.cli(commands, args=argv, prog="itd", description=DESCRIPTION)
+
+
+def set_up_logging() -> None:
+    """Show the library's warnings as lines on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("itd: warning: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("itd").handlers = [handler]
+
+
+def interrupted(command: Command | None) -> str:
+    """Return the line for a run that was stopped: how to go on, where that is possible."""
+    file = None if command is None else command.resume_file
+    if command is None or file is None or not file.is_file():
+        return "itd: interrupted"
+    return f"itd: interrupted; to go on: itd {command_name(type(command))} --config {file}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 2 after an error, or 130 after ctrl-C."""
+    set_up_logging()
+    command = None
+    try:
+        command = parse(list(sys.argv[1:] if argv is None else argv))
+        command.run()
+    except KeyboardInterrupt:
+        print(interrupted(command), file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("ITD_DEBUG"):
+            raise
+        print(f"itd: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

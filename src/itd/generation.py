@@ -1,0 +1,116 @@
+"""Pictures from prompts, one at a time, so that each depends on its prompt and seed only."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from itd import emoji
+from itd.eraser import Eraser
+from itd.gate import Decision
+
+METADATA = "metadata.json"
+MAX_SLUG = 60
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, what it was made from, and what the gate said; None without an eraser."""
+
+    image: Any
+    prompt: str
+    seed: int
+    decision: Decision | None
+
+
+def generate(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], eraser: Eraser | None, options: Mapping[str, Any]
+) -> Iterator[Picture]:
+    """Yield one picture per prompt and seed, with the eraser attached if there is one.
+
+    Pictures are not batched: kernels may round differently for another batch size, and a prompt that passes the gate has to
+    give the bits that the bare pipeline gives. `options` go to the pipeline.
+    """
+    attached = None if eraser is None else eraser.attach(pipe)
+    with attached or nullcontext():
+        for prompt in prompts:
+            for seed in seeds:
+                image = pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
+                yield Picture(image, prompt, seed, None if attached is None else attached.decisions[0])
+
+
+def pipeline_options(
+    model: str | None, steps: int | None, guidance_scale: float | None, negative_prompt: str | None
+) -> dict[str, Any]:
+    """Return what is passed to the pipeline; what is None is left to it, or to the embedded world.
+
+    Raises:
+        ValueError: less than one step.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    world = {"num_inference_steps": emoji.STEPS, "guidance_scale": emoji.GUIDANCE_SCALE} if model is None else {}
+    named = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+    return world | {name: value for name, value in named.items() if value is not None}
+
+
+def consecutive_seeds(first: int, n: int) -> range:
+    """Return the seeds of a prompt's n images."""
+    if n < 1:
+        raise ValueError(f"n, the images per prompt, must be at least 1, got {n}")
+    return range(first, first + n)
+
+
+def write_pictures(pictures: Iterator[Picture], out: Path, total: int, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Write pictures as `000-slug.png` and their `metadata.json`; those of an earlier run in the folder go first.
+
+    `names`: concepts of the eraser. What was written before an interruption stays, with its metadata.
+    """
+    for old in out.glob("[0-9][0-9][0-9]*-*.png"):
+        old.unlink()
+    rows: list[dict[str, Any]] = []
+    try:
+        for index, picture in enumerate(tqdm(pictures, desc="generate", unit="image", total=total, disable=total < 2)):
+            file = f"{index:03d}-{slug(picture.prompt)}.png"
+            picture.image.save(out / file)
+            gate = gate_row(picture.decision, names)
+            rows.append({"file": file, "prompt": picture.prompt, "seed": picture.seed, "gate": gate})
+    finally:
+        (out / METADATA).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return rows
+
+
+def picture_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one line per picture: its file and, with an eraser, what the gate said."""
+    lines = []
+    for row in rows:
+        gate = row["gate"]
+        verdict = "" if gate is None else f"  fires: {', '.join(gate['concepts'])}" if gate["fired"] else "  passes"
+        lines.append(f"{row['file']}{verdict}")
+    return lines
+
+
+def gate_row(decision: Decision | None, names: Sequence[str]) -> dict[str, Any] | None:
+    """Return a decision for JSON, which has no infinity: a prompt without words has no score."""
+    if decision is None:
+        return None
+    return {
+        "fired": decision.fired,
+        "score": decision.score if math.isfinite(decision.score) else None,
+        "threshold": decision.threshold,
+        "concepts": [names[c] for c in decision.concepts],
+    }
+
+
+def slug(prompt: str) -> str:
+    """Return the prompt's words for a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:MAX_SLUG].rstrip("-") or "image"

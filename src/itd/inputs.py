@@ -1,0 +1,224 @@
+"""What a command works on: the pipeline, the autoencoder, the hook point, and prompt sets from names and files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from itd import emoji
+from itd.eraser import Eraser
+from itd.hooks import WRAPPER, HookPoint
+from itd.prompts import Prompt, PromptSet
+from itd.sae import SAE
+from itd.templates import concept_prompts
+
+PROMPT_FILES = (".csv", ".jsonl", ".parquet", ".txt")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+# Models
+
+
+def load_pipeline(model: str | None) -> Any:
+    """Load a diffusers pipeline from a folder or by its id on the Hugging Face hub; without either, the embedded world's.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and it is no id.
+        ValueError: it cannot be loaded.
+    """
+    is_folder = model is not None and Path(model).is_dir()
+    if model is not None and not is_folder and not HUB_ID.fullmatch(model):
+        raise FileNotFoundError(f"no folder at --model {model}; an id on the hub is written OWNER/NAME")
+    quiet_libraries()
+    if model is None:
+        return emoji.load_pipeline()
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, local_files_only=is_folder)
+    except OSError as error:
+        raise ValueError(f"no diffusers pipeline at --model {model}: {str(error).strip().splitlines()[0]}") from error
+    pipe.set_progress_bar_config(leave=False)
+    return pipe
+
+
+def quiet_libraries() -> None:
+    """Switch off the bars and notices that transformers and diffusers write while they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def find_hook_point(model: str | None, hook_point: str | None) -> HookPoint:
+    """Return the hook point that was named, or the embedded world's."""
+    if hook_point is not None:
+        return HookPoint.parse(hook_point)
+    if model is None:
+        return emoji.HOOK_POINT
+    raise ValueError(
+        "--hook-point is required with --model, as --hook-point text_encoder:encoder.layers.8; "
+        f"`itd info --hook-points --model {model}` lists those of the model"
+    )
+
+
+def find_sae(model: str | None, sae: Path | None) -> SAE:
+    """Load the autoencoder that was named, or the embedded world's."""
+    if sae is not None:
+        return SAE.load(sae)
+    if model is None:
+        return emoji.load_sae()
+    raise ValueError("--sae is required with --model: the folder of an autoencoder; `itd record` and `itd train` make one")
+
+
+def hook_point_of(pipe: Any, sae: SAE, model: str | None, hook_point: str | None) -> HookPoint:
+    """Return the hook point that the autoencoder was trained at; one that was named must be the same place.
+
+    Raises:
+        ValueError: it is another place.
+    """
+    if sae.hook_point is None or hook_point is not None:
+        site = find_hook_point(model, hook_point)
+        if sae.hook_point is not None and sae.hook_point.resolve(pipe) is not site.resolve(pipe):
+            raise ValueError(f"the autoencoder was trained at {sae.hook_point}, not at {site}; leave --hook-point out")
+        return site
+    return sae.hook_point
+
+
+def load_erasers(folders: Sequence[Path], sae: Path | None = None) -> Eraser:
+    """Load erasers and join them.
+
+    Raises:
+        ValueError: none is named, or they do not join.
+    """
+    if not folders:
+        raise ValueError("--eraser is required: the folder of an eraser; `itd erase` makes one")
+    joined = Eraser.load(folders[0], None if sae is None else SAE.load(sae))
+    for folder in folders[1:]:
+        joined = joined | Eraser.load(folder, joined.sae)
+    return joined
+
+
+def list_hook_points(pipe: Any) -> list[HookPoint]:
+    """Return the layers of the pipeline's text encoders, in the spelling that every release resolves."""
+    points = []
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder") and isinstance(part, nn.Module):
+            points += [HookPoint(name, path.removeprefix(WRAPPER)) for path in layers_of(part)]
+    return points
+
+
+def layers_of(encoder: nn.Module) -> list[str]:
+    """Return the paths of the modules in the encoder's outermost lists: its layers."""
+    lists = [path for path, module in encoder.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    return [f"{path}.{index}" for path in outermost for index in range(len(encoder.get_submodule(path)))]  # pyright: ignore[reportArgumentType]
+
+
+# Prompts
+
+
+class ConceptSets(NamedTuple):
+    """Prompts of what is to go, of what must stay, and of everything else."""
+
+    target: PromptSet
+    retain: PromptSet
+    neutral: PromptSet
+
+
+def is_file(value: str) -> bool:
+    """Tell whether a value names a prompt file; anything else is the name of a concept."""
+    return Path(value).suffix.lower() in PROMPT_FILES
+
+
+def read_prompts(texts: Sequence[str], file: Path | None) -> list[str]:
+    """Return the prompts given in words and those of a file."""
+    prompts = [*texts, *(PromptSet.from_file(file).texts if file else ())]
+    if not prompts:
+        raise ValueError("give at least one prompt, or a file of prompts with --file")
+    return prompts
+
+
+def recording_prompts(model: str | None, files: Sequence[str], names: Sequence[str]) -> PromptSet:
+    """Return what is to be recorded: files, names in the templates to fit on, or the embedded world's own prompts."""
+    prompts = sum((PromptSet.from_file(file) for file in files), concept_prompts(names, ["fit"]))
+    if len(prompts):
+        return prompts
+    if model is not None or files:
+        raise ValueError("no prompts to record: give prompt files with --prompts, or concepts with --names")
+    from itd.emoji.prompts import world_prompts
+
+    return world_prompts()
+
+
+def concept_sets(model: str | None, target: Sequence[str], retain: Sequence[str], neutral: Sequence[str]) -> ConceptSets:
+    """Return the prompt sets of an eraser from names and files; what the embedded world knows need not be given.
+
+    Raises:
+        ValueError: no target; no retain set for a model other than the embedded world.
+    """
+    if not target:
+        raise ValueError("--target is required: the name of a concept, or a file of prompts")
+    if model is not None:
+        if not retain:
+            raise ValueError(
+                "--retain is required with --model: names of what must stay, close to the target if possible, or a prompt file"
+            )
+        return ConceptSets(target_prompts(target), kept_prompts(retain), kept_prompts(neutral))
+    found = world_sets(target)
+    return ConceptSets(
+        found.target,
+        kept_prompts(retain) if retain else found.retain,
+        kept_prompts(neutral) if neutral else found.neutral,
+    )
+
+
+def world_sets(target: Sequence[str]) -> ConceptSets:
+    """Return the sets of the embedded world.
+
+    What a target file names, by its concept or by the text of a prompt, is not retained.
+    """
+    from itd.emoji.prompts import erase_sets
+
+    names = [value for value in target if not is_file(value)]
+    files = target_prompts([value for value in target if is_file(value)])
+    sets = ConceptSets(*erase_sets(names))
+    texts, concepts = set(files.texts), {concept.lower() for concept in files.concepts}
+    others = sets.retain + sets.neutral
+    named = [p.concept for p in others if p.concept and (p.concept.lower() in concepts or p.text in texts)]
+    if named:
+        _, retain, neutral = erase_sets([*names, *dict.fromkeys(named)])
+        sets = sets._replace(retain=retain, neutral=neutral)
+    return sets._replace(target=sets.target + files)
+
+
+def target_prompts(values: Iterable[str]) -> PromptSet:
+    """Return prompts to erase. Prompts of a file that name no concept are one, named after the file."""
+    names, prompts = [], PromptSet()
+    for value in dict.fromkeys(values):
+        if is_file(value):
+            read = PromptSet.from_file(value)
+            prompts = prompts + PromptSet(tuple(p if p.concept else replace(p, concept=Path(value).stem) for p in read))
+        else:
+            names.append(value)
+    return concept_prompts(names) + prompts
+
+
+def kept_prompts(values: Iterable[str]) -> PromptSet:
+    """Return prompts to keep. Of three names two are fitted on and one is calibrated on; files are split later."""
+    prompts: list[Prompt] = []
+    n_names = 0
+    for value in dict.fromkeys(values):
+        if is_file(value):
+            prompts.extend(PromptSet.from_file(value))
+        else:
+            prompts.extend(concept_prompts([value], ["calibrate" if n_names % 3 == 2 else "fit"]))
+            n_names += 1
+    return PromptSet(tuple(prompts))
