@@ -182,10 +182,12 @@ def calibrate(
     """Choose a threshold for a stated false-positive rate or recall; for the paper's `0.99 * min(positives)` give neither.
 
     Raises:
-        ValueError: no positives or no negatives, or both rates given.
+        ValueError: no positives or no negatives, or none with content tokens, or both rates given.
     """
     if len(positives) == 0 or len(negatives) == 0:
         raise ValueError(f"calibration needs target and retain prompts, got {len(positives)} and {len(negatives)}")
+    if not (positives.isfinite().any() and negatives.isfinite().any()):
+        raise ValueError("calibration needs target and retain prompts with content tokens, got only empty ones on one side")
     if fpr is not None and recall is not None:
         raise ValueError("give a false-positive rate or a recall, not both")
     if fpr is not None:
@@ -198,7 +200,8 @@ def calibrate(
     def rates(at: float) -> tuple[float, float]:
         return float((positives >= at).double().mean()), float((negatives >= at).double().mean())
 
-    levels = torch.cat([positives, negatives]).quantile(torch.linspace(1, 0, 33).to(positives.dtype))
+    scores = torch.cat([positives, negatives])
+    levels = scores[scores.isfinite()].quantile(torch.linspace(1, 0, 33).to(positives.dtype))
     curve = tuple((float(level), *rates(float(level))) for level in levels)
     return Calibration(rule, threshold, *rates(threshold), auroc(positives, negatives), len(positives), len(negatives), curve)
 

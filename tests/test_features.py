@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from reference.features import dense_maxima, evidence_weights, select_by_sets
+from torch import Tensor
+
+from itd import SAE, ConceptFeatures, FeatureStats, SAEConfig
+from itd.features import all_indices, matched_filter, prompt_maxima, set_difference
+from itd.kernels import SparseCodes
+
+SAE_ = SAE.random(SAEConfig(d_model=8, n_latents=30, k=4), seed=2)
+
+
+def draw_prompts(n: int, seed: int, shift: float = 0.0) -> list[Tensor]:
+    """Draw prompts of 0 to 6 content tokens; the first has none."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [0, *torch.randint(1, 7, (n - 1,), generator=generator).tolist()]
+    direction = torch.randn(8, generator=torch.Generator().manual_seed(99))
+    return [2 * torch.randn(length, 8, generator=generator) + shift * direction for length in lengths]
+
+
+def pad(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a batch with padding in front and behind that must not count, and the mask of what does."""
+    x, mask = torch.full((len(prompts), 9, 8), 50.0), torch.zeros(len(prompts), 9, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        x[row, 1 : 1 + len(prompt)] = prompt
+        mask[row, 1 : 1 + len(prompt)] = True
+    return x, mask
+
+
+def stats_of(prompts: list[Tensor], k_sel: int = 3, batch_size: int = 100) -> FeatureStats:
+    stats = FeatureStats(SAE_, k_sel)
+    for start in range(0, len(prompts), batch_size):
+        stats.update(*pad(prompts[start : start + batch_size]))
+    return stats
+
+
+def assert_same_statistics(a: FeatureStats, b: FeatureStats) -> None:
+    assert a.n_prompts == b.n_prompts
+    torch.testing.assert_close(a.mean, b.mean)
+    torch.testing.assert_close(a.variance, b.variance)
+    torch.testing.assert_close(a.largest, b.largest)
+    assert torch.equal(a.selected, b.selected)
+
+
+# Statistics
+
+
+def test_statistics_equal_those_of_all_prompts_at_once() -> None:
+    prompts = draw_prompts(12, seed=0)
+    maxima, stats = dense_maxima(SAE_, prompts), stats_of(prompts)
+    torch.testing.assert_close(stats.mean, maxima.mean(0))
+    torch.testing.assert_close(stats.variance, maxima.var(0, correction=0))
+    torch.testing.assert_close(stats.largest, maxima.amax(0))
+    assert stats.n_prompts == 12
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
+def test_streamed_statistics_equal_those_at_once(batch_size: int) -> None:
+    prompts = draw_prompts(12, seed=0)
+    assert_same_statistics(stats_of(prompts, batch_size=batch_size), stats_of(prompts))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 12])
+def test_merged_statistics_equal_those_together(cut: int) -> None:
+    prompts = draw_prompts(12, seed=0)
+    merged = stats_of(prompts[:cut]) + stats_of(prompts[cut:])
+    assert_same_statistics(merged, stats_of(prompts))
+
+
+def test_the_order_of_prompts_does_not_matter() -> None:
+    prompts = draw_prompts(12, seed=0)
+    assert_same_statistics(stats_of(prompts[::-1]), stats_of(prompts))
+
+
+def test_padding_does_not_count_and_content_does() -> None:
+    prompts = draw_prompts(5, seed=0)
+    (x, mask), plain = pad(prompts), stats_of(prompts)
+    x[~mask] = -70.0
+    assert_same_statistics(FeatureStats(SAE_, 3).update(x, mask), plain)
+    x[mask] += 1.0
+    assert not torch.allclose(FeatureStats(SAE_, 3).update(x, mask).mean, plain.mean)
+
+
+def test_a_prompt_without_content_counts_as_a_prompt_without_activity() -> None:
+    stats = stats_of([torch.zeros(0, 8)])
+    assert stats.n_prompts == 1
+    assert not stats.mean.any()
+    assert not stats.selected.any()
+
+
+def test_empty_statistics_are_zero() -> None:
+    stats = FeatureStats(SAE_)
+    assert stats.n_prompts == 0
+    assert not stats.mean.any()
+    assert not stats.variance.any()
+
+
+def test_maxima_name_every_active_latent_once_with_its_largest_act() -> None:
+    codes = SparseCodes(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[7, 3], [7, 5]]))
+    maxima = prompt_maxima(codes)
+    assert dict(zip(maxima.indices.tolist(), maxima.acts.tolist(), strict=True)) == {7: 3.0, 3: 2.0}
+
+
+def test_statistics_over_other_autoencoders_or_k_sel_do_not_merge() -> None:
+    with pytest.raises(ValueError, match="only over the same autoencoder and k_sel"):
+        FeatureStats(SAE_, 3) + FeatureStats(SAE_, 4)
+    with pytest.raises(ValueError, match="only over the same autoencoder and k_sel"):
+        FeatureStats(SAE_, 3) + FeatureStats(SAE.random(SAE_.config, seed=8), 3)
+
+
+def test_k_sel_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="k_sel must be at least 1, got 0"):
+        FeatureStats(SAE_, 0)
+
+
+# Selection
+
+
+@pytest.mark.parametrize("k_sel", [1, 3, 30])
+def test_the_papers_selection_equals_that_by_sets(k_sel: int) -> None:
+    target, retain = draw_prompts(6, seed=0, shift=1.5), draw_prompts(8, seed=1)
+    expected = select_by_sets(SAE_, target, retain, k_sel)
+    found = set_difference(stats_of(target, k_sel), stats_of(retain, k_sel), "concept")
+    assert found.indices.tolist() == sorted(expected)
+    assert found.name == "concept"
+    if k_sel == 3:
+        assert expected
+
+
+def test_nothing_is_left_of_a_concept_that_equals_the_retained() -> None:
+    prompts = draw_prompts(6, seed=0)
+    assert len(stats_of(prompts).union()) > 0
+    assert len(set_difference(stats_of(prompts), stats_of(prompts), "concept")) == 0
+
+
+@pytest.mark.parametrize("n_features", [1, 4, 100])
+@pytest.mark.parametrize("eps", [0.01, 1.0])
+def test_the_matched_filter_equals_that_by_loops(n_features: int, eps: float) -> None:
+    target, retain = draw_prompts(6, seed=0, shift=1.5), draw_prompts(8, seed=1)
+    expected = evidence_weights(SAE_, target, retain, n_features, eps)
+    found = matched_filter(stats_of(target), stats_of(retain), "concept", n_features, eps)
+    assert found.indices.tolist() == sorted(expected)
+    torch.testing.assert_close(found.weights, torch.tensor([expected[j] for j in sorted(expected)]), rtol=1e-4, atol=1e-6)
+    assert float(found.weights.norm()) == pytest.approx(1)
+    assert (found.weights > 0).all()
+
+
+def test_eps_changes_the_matched_filter() -> None:
+    target, retain = stats_of(draw_prompts(6, seed=0, shift=1.5)), stats_of(draw_prompts(8, seed=1))
+    small, large = (matched_filter(target, retain, "c", 100, eps) for eps in (0.01, 100.0))
+    assert not torch.allclose(small.weights, large.weights)
+
+
+def test_a_matched_filter_of_what_is_retained_is_empty() -> None:
+    stats = stats_of(draw_prompts(6, seed=0))
+    assert len(matched_filter(stats, stats, "concept")) == 0
+
+
+# Algebra
+
+
+def features(*indices: int, name: str = "a") -> ConceptFeatures:
+    weights = torch.arange(1.0, 1.0 + len(indices)) / 10
+    return ConceptFeatures(name, torch.tensor(indices, dtype=torch.int64), weights)
+
+
+def test_a_union_has_the_features_of_both_with_the_larger_weight() -> None:
+    union = features(1, 4, 6) | features(2, 4, 9, name="b")
+    assert union.indices.tolist() == [1, 2, 4, 6, 9]
+    torch.testing.assert_close(union.weights, torch.tensor([0.1, 0.1, 0.2, 0.3, 0.3]))
+    assert union.name == "a, b"
+
+
+def test_union_is_idempotent_commutative_and_associative_in_its_features() -> None:
+    a, b, c = features(1, 4, 6), features(2, 4, 9), features(0, 9)
+    for left, right in [(a | a, a), (a | b, b | a), ((a | b) | c, a | (b | c)), (a | features(), a)]:
+        assert torch.equal(left.indices, right.indices)
+        assert torch.equal(left.weights, right.weights)
+
+
+def test_a_difference_has_the_features_that_the_other_lacks() -> None:
+    difference = features(1, 4, 6) - features(4, 5)
+    assert difference.indices.tolist() == [1, 6]
+    torch.testing.assert_close(difference.weights, torch.tensor([0.1, 0.3]))
+    assert len(features(1, 4) - features(1, 4)) == 0
+    assert (features() - features(1)).indices.tolist() == []
+
+
+def test_weights_are_spread_over_other_features_with_zeros() -> None:
+    at = torch.tensor([0, 1, 4, 5, 29])
+    torch.testing.assert_close(features(1, 4, 6).spread(at), torch.tensor([0, 0.1, 0.2, 0, 0]))
+    assert not features().spread(at).any()
+
+
+def test_all_indices_are_distinct_and_sorted() -> None:
+    assert all_indices([features(6, 8), features(1, 6), features()]).tolist() == [1, 6, 8]
+    assert all_indices([]).tolist() == []
+
+
+def test_concepts_are_equal_when_nothing_differs() -> None:
+    a = features(1, 4)
+    assert a.equals(features(1, 4))
+    for other in (
+        features(1, 5),
+        features(1, 4, 6),
+        features(1, 4, name="b"),
+        ConceptFeatures("a", a.indices, a.weights, scale=2.0),
+    ):
+        assert not a.equals(other)
