@@ -24,8 +24,8 @@ WORLD = WorldConfig(
     judge=StageConfig(steps=600, batch_size=128, lr=2e-3, weight_decay=0.02, ema_decay=0.99),
     unet=StageConfig(steps=4200, batch_size=64, lr=8e-4, warmup=200, weight_decay=0.01, ema_decay=0.998),
     pool=PoolConfig(),
-    sae=SAEConfig(d_model=256, n_latents=16_384, k=32),
-    sae_training=TrainConfig(),
+    sae=SAEConfig(d_model=256, n_latents=10_240, k=32),
+    sae_training=TrainConfig(n_tokens=350_000),
 )
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def make_trainer(store: ActivationStore, config: SAEConfig, settings: TrainConfi
         noise = scale * torch.randn(trainer.weights[name].shape, generator=generator)
         trainer.weights[name] = (trainer.weights[name] + noise).double()
         trainer.first[name], trainer.second[name] = trainer.first[name].double(), trainer.second[name].double()
+    if trainer.metric is not None:
+        trainer.metric = trainer.metric.double()
     trainer.weights["W_dec"] /= trainer.weights["W_dec"].norm(dim=1, keepdim=True)
     return trainer
 
@@ -49,15 +52,20 @@ def assert_equal_weights(trainer: Trainer, dense: DenseAdam) -> None:
 # One step
 
 
-def test_steps_equal_dense_adam_on_the_autograd_of_the_loss_when_every_row_is_touched(store: ActivationStore) -> None:
+@pytest.mark.parametrize("ours", [True, False], ids=["whitened, relative rates", "plain"])
+def test_steps_equal_dense_adam_on_the_autograd_of_the_loss_when_every_row_is_touched(
+    store: ActivationStore, ours: bool
+) -> None:
     config = SAEConfig(d_model=12, n_latents=10, k=6)
-    trainer = make_trainer(store, config, TrainConfig(n_tokens=6 * 256, batch_tokens=256, k_aux=0, warmup_steps=2))
+    settings = TrainConfig(n_tokens=6 * 256, batch_tokens=256, k_aux=0, warmup_steps=2, whiten=ours, relative_rates=ours)
+    trainer = make_trainer(store, config, settings)
     start = {name: value.clone() for name, value in trainer.weights.items()}
-    dense = DenseAdam(trainer.weights)
+    dense = DenseAdam(trainer.weights, trainer.rates)
     for step in range(6):
-        loss = dense_loss(trainer.draw(step), dense.weights, config.k, trainer.variance)
-        fvu = trainer.step(step)
-        assert fvu == pytest.approx(loss.item(), rel=1e-6)
+        x = trainer.draw(step)
+        loss = dense_loss(x, dense.weights, config.k, trainer.variance, trainer.metric)
+        unweighted = dense_loss(x, dense.weights, config.k, trainer.variance)
+        assert trainer.step(step) == pytest.approx(unweighted.item(), rel=1e-6)
         dense.step(loss, trainer.learning_rate(step))
         assert (trainer.last_step == step).all(), "every row is touched"
     assert_equal_weights(trainer, dense)
@@ -71,14 +79,14 @@ def test_steps_with_dead_latents_equal_dense_adam_on_both_losses(store: Activati
     trainer.weights["W_enc"][:4] *= 1e-3
     trainer.weights["b_enc"][:4] = torch.tensor([0.01, 0.02, 0.03, 0.04], dtype=torch.float64)
     trainer.weights["b_enc"][4:] += 3.0
-    dense = DenseAdam(trainer.weights)
+    dense = DenseAdam(trainer.weights, trainer.rates)
     for step in range(6):
         x = trainer.draw(step)
-        loss = dense_loss(x, dense.weights, config.k, trainer.variance)
+        loss = dense_loss(x, dense.weights, config.k, trainer.variance, trainer.metric)
         trainer.step(step)
         dead = trainer.idle >= settings.dead_tokens
         assert dead[:4].all()
-        loss = loss + settings.aux_weight * dense_aux_loss(x, dense.weights, config.k, dead, settings.k_aux)
+        loss = loss + settings.aux_weight * dense_aux_loss(x, dense.weights, config.k, dead, settings.k_aux, trainer.metric)
         dense.step(loss, trainer.learning_rate(step))
         touched = trainer.last_step == step
         assert touched[4:].all()
@@ -181,7 +189,8 @@ def kill_latents(trainer: Trainer, dead: slice) -> None:
 
 def dead_after(k_aux: int) -> tuple[float, float]:
     """Return the share of latents that are dead before and after training with or without AuxK."""
-    settings = TrainConfig(n_tokens=300 * 128, batch_tokens=128, lr=3e-3, k_aux=k_aux, dead_tokens=2000, decay="none")
+    plain = TrainConfig(whiten=False, relative_rates=False, decay="none", lr=3e-3, batch_tokens=128, n_tokens=300 * 128)
+    settings = replace(plain, k_aux=k_aux, dead_tokens=2000)
     trainer = Trainer(make_store(), SIZE, settings)
     kill_latents(trainer, slice(0, 20))
     shares = []
@@ -214,7 +223,7 @@ def test_dead_is_counted_in_tokens(store: ActivationStore) -> None:
 
 
 def test_training_explains_more_than_the_start(store: ActivationStore) -> None:
-    settings = TrainConfig(n_tokens=200 * 64, batch_tokens=64, lr=3e-3, dead_tokens=1000, init="random")
+    settings = TrainConfig(n_tokens=200 * 64, batch_tokens=64, lr=3e-3, dead_tokens=1000, init="random", whiten=False)
     start = SAE(SIZE, **initial_weights(store, SIZE, settings)).fvu(store.x)
     sae = train(store, SIZE, settings)
     assert sae.metrics["fvu"] == pytest.approx(sae.fvu(store.x), rel=1e-3)

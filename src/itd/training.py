@@ -42,13 +42,18 @@ class TrainConfig:
     """Whether the learning rate falls to zero over the run."""
     weighting: Literal["unique", "sqrt", "count"] = "sqrt"
     """How often an activation is drawn that occurred w times in the prompts: equally, with sqrt(w), or with w."""
+    whiten: bool = True
+    """Measure the error in units of each direction's own variance. Directions with little variance, as those that tell
+    nouns apart, then count as much as the few that make up most of it. `fvu` is measured without it."""
+    relative_rates: bool = True
+    """Scale every parameter's learning rate by its own starting size, so that an encoder that starts small stays on course."""
     init: Literal["data", "random"] = "data"
     """Decoder rows start at activations (scaled so that the first reconstruction fits) or at random directions."""
     k_aux: int = 256
     """Dead latents that reconstruct the residual; 0 switches AuxK off."""
     aux_weight: float = 1 / 32
     """Weight of the AuxK loss."""
-    dead_tokens: int = 100_000
+    dead_tokens: int = 50_000
     """A latent is dead when it has not been active for this many tokens."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
@@ -68,7 +73,8 @@ class TrainConfig:
 
 
 PAPER_TRAINING = TrainConfig(
-    n_tokens=40_000_000, batch_tokens=700, lr=1e-4, warmup_steps=1000, decay="none", weighting="count", init="random"
+    n_tokens=40_000_000, batch_tokens=700, lr=1e-4, warmup_steps=1000, decay="none", weighting="count", init="random",
+    whiten=False, relative_rates=False,
 )
 """The publication's choices; dead latents are counted in tokens, and AuxK acts."""
 
@@ -82,11 +88,20 @@ def geometric_median(x: Float[Tensor, "n d_model"], n_steps: int = 50) -> Float[
     return median
 
 
+def precision(x: Float[Tensor, "n d_model"], shrinkage: float = 1e-3) -> Float[Tensor, "d_model d_model"]:
+    """Return the inverse covariance of the rows, shrunk towards a multiple of the identity, with trace(P cov) = d_model."""
+    covariance = torch.cov(x.T)
+    identity = torch.eye(x.shape[1])
+    inverse = torch.linalg.inv(covariance + shrinkage * covariance.diagonal().mean() * identity)
+    return inverse * (x.shape[1] / (inverse * covariance).sum())
+
+
 def initial_weights(store: ActivationStore, config: SAEConfig, train: TrainConfig) -> dict[str, Tensor]:
     """Return the starting weights.
 
     With `init="data"`, decoder rows are centred activations with a little noise, and the encoder is scaled by the
-    least-squares factor that makes the first reconstruction fit.
+    least-squares factor that makes the first reconstruction fit. With `whiten`, an encoder row is the matched filter of
+    its decoder row, P d / (d P d).
     """
     generator = torch.Generator().manual_seed(train.seed)
     sample = store.x[torch.randperm(len(store), generator=generator)[:4096]]
@@ -98,11 +113,14 @@ def initial_weights(store: ActivationStore, config: SAEConfig, train: TrainConfi
         W_dec = F.normalize(directions + 0.05 * F.normalize(noise, dim=1), dim=1)
     else:
         W_dec = F.normalize(noise, dim=1)
-    b_enc = torch.zeros(config.n_latents)
-    codes = topk_encode(sample[:1024], W_dec, b_enc, b_dec, config.k)
+    b_enc, W_enc = torch.zeros(config.n_latents), W_dec
+    if train.whiten:
+        filtered = W_dec @ precision(sample)
+        W_enc = filtered / (filtered * W_dec).sum(1, keepdim=True)
+    codes = topk_encode(sample[:1024], W_enc, b_enc, b_dec, config.k)
     first, centred = sparse_decode(codes, W_dec), sample[:1024] - b_dec
     scale = (first * centred).sum() / first.square().sum().clamp_min(1e-12)
-    return {"W_enc": W_dec * scale.clamp(1e-3, 1.0), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    return {"W_enc": W_enc * scale.clamp(1e-3, 1.0), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
 
 
 class Trainer:
@@ -118,8 +136,20 @@ class Trainer:
         self.idle = torch.zeros(config.n_latents, dtype=torch.int64)
         """Tokens since a latent was last active."""
         self.variance = float((store.x - store.x.mean(0)).square().mean())
+        self.metric = precision(store.x[:: max(1, len(store) // 65536)]) * self.variance if train.whiten else None
+        self.rates = self.parameter_rates() if train.relative_rates else dict.fromkeys(PARAMETERS, 1.0)
         power = {"unique": 0.0, "sqrt": 0.5, "count": 1.0}[train.weighting]
         self.cumulative = store.weight.double().pow(power).cumsum(0)
+
+    def parameter_rates(self) -> dict[str, float]:
+        """Return each parameter's learning rate in units of `lr`: rows of W_dec have norm 1 and count as the unit."""
+        norm = float(self.weights["W_enc"].norm(dim=1).mean())
+        spread = (self.variance * self.config.d_model) ** 0.5
+        return {"W_enc": norm, "b_enc": norm * spread, "W_dec": 1.0, "b_dec": spread / self.config.d_model**0.5}
+
+    def weigh(self, error: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """Return half the gradient of the squared error by the error, in the metric of the loss."""
+        return error if self.metric is None else error @ self.metric
 
     def draw(self, step: int) -> Float[Tensor, "n d_model"]:
         """Draw the batch of a step; it depends on seed and step only."""
@@ -139,7 +169,7 @@ class Trainer:
         codes = topk_encode(x, w["W_enc"], w["b_enc"], w["b_dec"], k)
         residual = sparse_decode(codes, w["W_dec"]) + w["b_dec"] - x
         scale = 2 / (x.numel() * self.variance)
-        gradients = sparse_gradients(x - w["b_dec"], codes, residual * scale, w["W_dec"])
+        gradients = sparse_gradients(x - w["b_dec"], codes, self.weigh(residual) * scale, w["W_dec"])
         self.idle += len(x)
         self.idle[codes.indices[codes.acts > 0]] = 0
         dead = (self.idle >= self.train.dead_tokens).nonzero().flatten()
@@ -156,8 +186,9 @@ class Trainer:
         W_enc, b_enc, W_dec = w["W_enc"][dead], w["b_enc"][dead], w["W_dec"][dead]
         codes = topk_encode(x, W_enc, b_enc, w["b_dec"], min(self.train.k_aux, len(dead)))
         error = sparse_decode(codes, W_dec) - missing
-        scale = 2 * self.train.aux_weight / (x.numel() * float(missing.square().mean()))
-        found = sparse_gradients(x - w["b_dec"], codes, error * scale, W_dec)
+        size = float((missing * self.weigh(missing)).mean())
+        scale = 2 * self.train.aux_weight / (x.numel() * size)
+        found = sparse_gradients(x - w["b_dec"], codes, self.weigh(error) * scale, W_dec)
         return found._replace(rows=dead[found.rows], b_dec=torch.zeros_like(found.b_dec))
 
     def update(self, gradients: SparseGradients, step: int) -> None:
@@ -183,7 +214,7 @@ class Trainer:
         second = self.second[name][rows] * beta2**age + (1 - beta2) * grad.square()
         self.first[name][rows], self.second[name][rows] = first, second
         corrected = (second / (1 - beta2 ** (step + 1))).sqrt() + epsilon
-        self.weights[name][rows] -= lr / (1 - beta1 ** (step + 1)) * first / corrected
+        self.weights[name][rows] -= lr * self.rates[name] / (1 - beta1 ** (step + 1)) * first / corrected
 
     # Checkpoints
 

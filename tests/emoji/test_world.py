@@ -28,7 +28,7 @@ def test_the_folder_stays_under_sixty_megabytes():
 def test_the_pipeline_loads_with_plain_diffusers(pipe):
     from diffusers import StableDiffusionPipeline
 
-    plain = StableDiffusionPipeline.from_pretrained(MODELS(), local_files_only=True, torch_dtype=torch.float32)
+    plain = StableDiffusionPipeline.from_pretrained(MODELS(), local_files_only=True).to(torch.float32)
     ours, theirs = pipe.unet.state_dict(), plain.unet.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -66,7 +66,7 @@ def test_the_autoencoder_fits_the_text_encoder(pipe):
     assert sae.hook_point == emoji.HOOK_POINT
     prompts = itd.PromptSet.from_texts([f"a drawing of {with_article(noun.name)} and a spoon" for noun in emoji.nouns()[::5]])
     store = itd.record(pipe, emoji.HOOK_POINT, prompts)
-    assert sae.fvu(store.x) < 0.1
+    assert sae.fvu(store.x) < 0.15
     assert sae.fvu(store.x[:, torch.randperm(store.d_model)]) > 0.5
 
 

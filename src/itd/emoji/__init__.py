@@ -26,8 +26,8 @@ __all__ = [
     "nouns",
 ]
 
-HOOK_POINT = HookPoint("text_encoder", "encoder.layers.4")
-GUIDANCE_SCALE = 4.0
+HOOK_POINT = HookPoint("text_encoder", "encoder.layers.1")
+GUIDANCE_SCALE = 2.5
 STEPS = 25
 
 
@@ -55,7 +55,7 @@ def load_pipeline(folder: str | Path | None = None) -> Any:
     from diffusers import StableDiffusionPipeline
 
     source = model_folder() if folder is None else Path(folder)
-    pipe = StableDiffusionPipeline.from_pretrained(source, local_files_only=True, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(source, local_files_only=True).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -78,7 +78,7 @@ def load_clip() -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
     folder = model_folder() / "clip"
-    model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model = CLIPModel.from_pretrained(folder, local_files_only=True).to(torch.float32)
     return model.eval(), CLIPProcessor.from_pretrained(folder, local_files_only=True)
 
 

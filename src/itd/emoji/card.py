@@ -28,7 +28,7 @@ measured without a download. It is made by `python -m recipes.emoji_world`.
 | `unet`, `scheduler` | `UNet2DConditionModel`, 11.3 M parameters; DDIM, v-prediction, zero terminal SNR |
 | `clip` | the same text tower with its vision tower: `CLIPModel.from_pretrained("models/emoji/clip")` |
 | `judge` | names noun and design of a picture; trained on renders only, never on a generation |
-| `sae` | top-k sparse autoencoder at `encoder.layers.4` of the text encoder |
+| `sae` | top-k sparse autoencoder at `encoder.layers.1` of the text encoder; FVU {sae[fvu]:.3f}, {sae[dead_share]:.1%} dead |
 | `nouns.json`, `words.txt` | names, tags and roles; common English words that captions are mixed with |
 | `benchmark.json` | the 100 identities that are recognised best (picked with other seeds than the numbers below), accuracy per noun |
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from itd.emoji import GUIDANCE_SCALE, STEPS, load_clip, load_judge, load_pipeline
+from itd.emoji import GUIDANCE_SCALE, STEPS, load_clip, load_judge, load_pipeline, load_sae
 from itd.emoji.captions import with_article
 from itd.emoji.data import DESIGNS, Noun, World
 from itd.emoji.generate import contact_sheet, generate
@@ -123,6 +123,7 @@ def evaluate_world(config: WorldConfig, n_scenes: int = 200, n_designs: int = 24
     scenes, scene_images = evaluate_scenes(pipe, judge, world.nouns, n_scenes, TEST_SEED + 5000)
     numbers = {
         "judge": evaluate_judge(world, judge, pipe.vae),
+        "sae": load_sae().metrics,
         "noun_top1": mean(accuracy.values()),
         "noun_top1_benchmark": mean(accuracy[name] for name in benchmark),
         "design": evaluate_designs(pipe, judge, world.nouns, n_designs, TEST_SEED + 7000),
@@ -131,7 +132,7 @@ def evaluate_world(config: WorldConfig, n_scenes: int = 200, n_designs: int = 24
         "seconds_per_image": seconds,
         "steps": STEPS, "guidance_scale": GUIDANCE_SCALE,
         "n_nouns": len(world.nouns), "n_images": len(world.rgba),
-        "training": {name: json.loads((config.work / f"{name}.json").read_text()) for name in ("vae", "clip", "judge", "unet")},
+        "training": {name: json.loads((config.work / f"{name}.json").read_text()) for name in ("vae", "clip", "vision", "judge", "unet")},
         "weakest": sorted(accuracy, key=lambda name: accuracy[name])[:30],
     }  # fmt: skip
     (config.out / "benchmark.json").write_text(json.dumps({"identities": benchmark, "accuracy": accuracy}, indent=1))
