@@ -72,13 +72,17 @@ def test_a_prompt_is_gated_alike_alone_and_in_a_batch(pipe: Any, eraser: Eraser)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_the_begin_token_stays_and_every_other_position_of_a_gated_prompt_may_change(pipe: Any, sae: SAE, site: HookPoint) -> None:
+def test_the_begin_token_stays_and_every_other_position_of_a_gated_prompt_may_change(
+    pipe: Any, sae: SAE, site: HookPoint
+) -> None:
     eraser = make_eraser(pipe, sae, "house", edit=Edit("scale", -8.0))
     layer = site.resolve(pipe)
     with recording(layer) as plain:
         encode(pipe, HOUSE, guidance=False)
     with recording(layer.mlp) as _, eraser.attach(pipe), recording(pipe.text_encoder.encoder.layers[2].layer_norm1) as _:
-        states = pipe.text_encoder(pipe.tokenizer([HOUSE], padding="max_length", return_tensors="pt").input_ids, output_hidden_states=True)
+        states = pipe.text_encoder(
+            pipe.tokenizer([HOUSE], padding="max_length", return_tensors="pt").input_ids, output_hidden_states=True
+        )
     edited = states.hidden_states[2]
     assert torch.equal(edited[:, 0], plain[0][:, 0])
     assert (edited[:, 1:] != plain[0][:, 1:]).any(-1).all()
@@ -251,7 +255,9 @@ def test_embeddings_that_only_the_first_eraser_saw_are_not_accepted_by_the_secon
 def test_embeddings_passed_by_hand_are_an_error(pipe: Any, eraser: Eraser) -> None:
     positive, negative = encode(pipe, HOUSE)
     with eraser.attach(pipe):
-        with pytest.raises(ValueError, match="prompt_embeds did not pass the gate of the attached eraser; pass the prompt as text"):
+        with pytest.raises(
+            ValueError, match="prompt_embeds did not pass the gate of the attached eraser; pass the prompt as text"
+        ):
             draw(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
         draw(pipe, CAT)
     draw(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
@@ -489,7 +495,7 @@ def test_embeddings_of_an_xl_pipeline_are_checked(xl_pipe: Any) -> None:
     with eraser.attach(xl_pipe):
         own = dict(zip(names, encode(xl_pipe, HOUSE), strict=True))
         draw(xl_pipe, None, **own)
-        with pytest.raises(ValueError, match="^prompt_embeds did not pass the gate"):
+        with pytest.raises(ValueError, match=r"^prompt_embeds did not pass the gate"):
             draw(xl_pipe, None, **foreign)
         with pytest.raises(ValueError, match="pooled_prompt_embeds did not pass the gate"):
             draw(xl_pipe, None, **(own | {"pooled_prompt_embeds": foreign["pooled_prompt_embeds"] + 1}))

@@ -101,6 +101,4 @@ def add_gradients(a: SparseGradients, b: SparseGradients) -> SparseGradients:
     def total(x: Tensor, y: Tensor) -> Tensor:
         return x.new_zeros(len(rows), *x.shape[1:]).index_add_(0, inverse, torch.cat([x, y]))
 
-    return SparseGradients(
-        rows, total(a.W_enc, b.W_enc), total(a.b_enc, b.b_enc), total(a.W_dec, b.W_dec), a.b_dec + b.b_dec
-    )
+    return SparseGradients(rows, total(a.W_enc, b.W_enc), total(a.b_enc, b.b_enc), total(a.W_dec, b.W_dec), a.b_dec + b.b_dec)

@@ -23,7 +23,7 @@ from itd.sae import SAE, TRAINING_COPIES, SAEConfig
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.safetensors"
-PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+PARAMETERS: tuple[str, ...] = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,15 @@ class TrainConfig:
 
 
 PAPER_TRAINING = TrainConfig(
-    n_tokens=40_000_000, batch_tokens=700, lr=1e-4, warmup_steps=1000, decay="none", weighting="count", init="random",
-    whiten=False, relative_rates=False,
+    n_tokens=40_000_000,
+    batch_tokens=700,
+    lr=1e-4,
+    warmup_steps=1000,
+    decay="none",
+    weighting="count",
+    init="random",
+    whiten=False,
+    relative_rates=False,
 )
 """The publication's choices; dead latents are counted in tokens, and AuxK acts."""
 
@@ -137,7 +144,7 @@ class Trainer:
         """Tokens since a latent was last active."""
         self.variance = float((store.x - store.x.mean(0)).square().mean())
         self.metric = precision(store.x[:: max(1, len(store) // 65536)]) * self.variance if train.whiten else None
-        self.rates = self.parameter_rates() if train.relative_rates else dict.fromkeys(PARAMETERS, 1.0)
+        self.rates: dict[str, float] = dict.fromkeys(PARAMETERS, 1.0) | (self.parameter_rates() if train.relative_rates else {})
         power = {"unique": 0.0, "sqrt": 0.5, "count": 1.0}[train.weighting]
         self.cumulative = store.weight.double().pow(power).cumsum(0)
 

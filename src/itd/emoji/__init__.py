@@ -78,8 +78,8 @@ def load_clip() -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
     folder = model_folder() / "clip"
-    model = CLIPModel.from_pretrained(folder, local_files_only=True).to(torch.float32)
-    return model.eval(), CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+    return model.to(torch.float32).eval(), CLIPProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def nouns() -> list[Noun]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 N_IDENTITIES = 100
+TRAINED = ("vae", "clip", "vision", "judge", "unet")
 PLAIN = ("a photo of {}", "an emoji of {}", "{}")
 SELECTION_SEED, TEST_SEED = 10_000, 20_000
 """Seeds of the generations that pick the benchmark's identities, and of those that are reported."""
@@ -99,7 +100,7 @@ def clip_scores(images: Float[Tensor, "n 3 64 64"], prompts: list[str]) -> Float
 
 
 def rank_agreement(judge: Judge, images: Float[Tensor, "n 3 64 64"], prompts: list[str], names: list[str]) -> float:
-    """Return the probability that a picture the judge accepts has a higher CLIP score than one it rejects (0.5 is chance)."""
+    """Return how probably a picture the judge accepts has a higher CLIP score than one it rejects (0.5: chance)."""
     from itd.gate import auroc
 
     right = torch.tensor([said == name for said, name in zip(judge.name(images)[0], names, strict=True)])
@@ -132,7 +133,7 @@ def evaluate_world(config: WorldConfig, n_scenes: int = 200, n_designs: int = 24
         "seconds_per_image": seconds,
         "steps": STEPS, "guidance_scale": GUIDANCE_SCALE,
         "n_nouns": len(world.nouns), "n_images": len(world.rgba),
-        "training": {name: json.loads((config.work / f"{name}.json").read_text()) for name in ("vae", "clip", "vision", "judge", "unet")},
+        "training": {part: json.loads((config.work / f"{part}.json").read_text()) for part in TRAINED},
         "weakest": sorted(accuracy, key=lambda name: accuracy[name])[:30],
     }  # fmt: skip
     (config.out / "benchmark.json").write_text(json.dumps({"identities": benchmark, "accuracy": accuracy}, indent=1))

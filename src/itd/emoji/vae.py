@@ -33,7 +33,8 @@ def train_vae(world: World, config: StageConfig, folder: Path) -> Any:
     """
     torch.manual_seed(config.seed)
     stickers, colors = premultiply(world.rgba), background_colors()
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae: Any = build_vae()
+    vae = vae.to(memory_format=torch.channels_last)
 
     def draw(n: int) -> Float[Tensor, "n 3 64 64"]:
         images = stickers[pick(n, len(stickers))]
@@ -50,7 +51,8 @@ def train_vae(world: World, config: StageConfig, folder: Path) -> Any:
         loss = error.abs().mean() + error.square().mean() + edges + 1e-6 * posterior.kl().mean()
         return loss, {"mse": error.square().mean().item()}
 
-    trained: Any = run_stage("vae", folder, vae, config, loss_of).to(memory_format=torch.contiguous_format)
+    trained: Any = run_stage("vae", folder, vae, config, loss_of)
+    trained = trained.to(memory_format=torch.contiguous_format)
     torch.manual_seed(config.seed)
     with torch.no_grad():
         std = float(trained.encode(draw(512)).latent_dist.mean.std())
