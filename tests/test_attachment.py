@@ -14,7 +14,6 @@ from torch import Tensor
 
 from itd import SAE, Edit, Eraser, HookPoint, PromptSet, record
 from itd.attachment import digest
-from itd.hooks import recording
 
 HOUSE, CAT, BOAT = "a photo of a house", "a photo of a cat", "a photo of a boat"
 
@@ -76,16 +75,12 @@ def test_the_begin_token_stays_and_every_other_position_of_a_gated_prompt_may_ch
     pipe: Any, sae: SAE, site: HookPoint
 ) -> None:
     eraser = make_eraser(pipe, sae, "house", edit=Edit("scale", -8.0))
-    layer = site.resolve(pipe)
-    with recording(layer) as plain:
-        encode(pipe, HOUSE, guidance=False)
-    with recording(layer.mlp) as _, eraser.attach(pipe), recording(pipe.text_encoder.encoder.layers[2].layer_norm1) as _:
-        states = pipe.text_encoder(
-            pipe.tokenizer([HOUSE], padding="max_length", return_tensors="pt").input_ids, output_hidden_states=True
-        )
-    edited = states.hidden_states[2]
-    assert torch.equal(edited[:, 0], plain[0][:, 0])
-    assert (edited[:, 1:] != plain[0][:, 1:]).any(-1).all()
+    ids = pipe.tokenizer([HOUSE], padding="max_length", return_tensors="pt").input_ids
+    plain = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[2]
+    with eraser.attach(pipe):
+        edited = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(edited[:, 0], plain[:, 0])
+    assert (edited[:, 1:] != plain[:, 1:]).any(-1).all()
 
 
 @pytest.mark.parametrize("n_images", [1, 2])
@@ -105,7 +100,8 @@ def test_without_guidance_the_gate_works_too(pipe: Any, eraser: Eraser) -> None:
 
 
 def test_a_layer_skipped_from_the_end_is_edited_too(pipe: Any, eraser: Eraser) -> None:
-    pipe.text_encoder.text_model = pipe.text_encoder  # diffusers finds the last norm there
+    if not hasattr(pipe.text_encoder, "text_model"):  # where this diffusers looks for the last norm
+        vars(pipe.text_encoder)["text_model"] = SimpleNamespace(final_layer_norm=pipe.text_encoder.final_layer_norm)
     plain = {prompt: draw(pipe, prompt, clip_skip=1) for prompt in (CAT, HOUSE)}
     with eraser.attach(pipe):
         assert same(draw(pipe, CAT, clip_skip=1), plain[CAT])
@@ -372,11 +368,10 @@ def test_the_image_model_called_with_foreign_states_is_an_error(pipe: Any, erase
         pipe.unet(sample, 1, own)
         pipe.unet(sample, 1, encoder_hidden_states=own)
         for states in (foreign, own + 1e-4, torch.cat([own, foreign]), own[:, :-1]):
-            for call in ({"encoder_hidden_states": states},):
-                with pytest.raises(RuntimeError, match="without passing the gate"):
-                    pipe.unet(sample, 1, **call)
             with pytest.raises(RuntimeError, match="without passing the gate"):
                 pipe.unet(sample, 1, states)
+            with pytest.raises(RuntimeError, match="without passing the gate"):
+                pipe.unet(sample, 1, encoder_hidden_states=states)
     pipe.unet(sample, 1, foreign)
 
 
@@ -445,11 +440,11 @@ def test_an_attached_pipeline_keeps_no_embeddings_alive(pipe: Any, eraser: Erase
         draw(pipe, CAT)
         gc.collect()
         shape = encode(pipe, CAT)[0].shape
-        before = sum(isinstance(x, Tensor) and x.shape == shape for x in gc.get_objects())
+        before = sum(type(x) is Tensor and x.shape == shape for x in gc.get_objects())
         for _ in range(5):
             encode(pipe, CAT)
         gc.collect()
-        assert sum(isinstance(x, Tensor) and x.shape == shape for x in gc.get_objects()) == before
+        assert sum(type(x) is Tensor and x.shape == shape for x in gc.get_objects()) == before
 
 
 def xl_eraser(pipe: Any, site: HookPoint) -> Eraser:

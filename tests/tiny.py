@@ -108,15 +108,15 @@ def build_xl_pipeline(tokenizer: CLIPTokenizer) -> Any:
     return pipe
 
 
-def make_sae(pipe: Any) -> SAE:
+def make_sae(pipe: Any, site: HookPoint = SITE) -> SAE:
     """Make an autoencoder of the tiny text encoder: rows taken from its activations, everything else random."""
-    recorded = record(pipe, SITE, prompts_of(*NOUNS))
+    recorded = record(pipe, site, prompts_of(*NOUNS))
     config = SAEConfig(D_MODEL, n_latents=256, k=8)
     generator = torch.Generator().manual_seed(5)
     weights = initial_weights(recorded, config, TrainConfig())
     for name, scale in {"W_enc": 0.02, "b_enc": 0.1, "b_dec": 0.1}.items():
         weights[name] = weights[name] + scale * torch.randn(weights[name].shape, generator=generator)
-    return SAE(config, **weights, hook_point=SITE)
+    return SAE(config, **weights, hook_point=site)
 
 
 def make_store(n: int = 600, d_model: int = 12, seed: int = 0) -> ActivationStore:
