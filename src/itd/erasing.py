@@ -226,6 +226,8 @@ def weak_concepts(
 def anchor_activations(pipe: Any, site: HookPoint, prompt: str) -> Float[Tensor, "2 d_model"]:
     """Return what stands in under the edit `replace`: the activations of the anchor's last word and of its end."""
     batch = next(stream(pipe, site, PromptSet((Prompt(prompt),))))
+    if not batch.content.any():
+        raise ValueError(f"the anchor {prompt!r} has no content tokens; give a prompt with words")
     last = int(batch.content[0].nonzero().max())
     return batch.x[0, last : last + 2].clone()
 
