@@ -21,7 +21,7 @@ TEMPLATES: dict[Split, tuple[str, ...]] = {
         "a strange {} with a hat", "show me {}",
     ),
     "test": (
-        "a snapshot of {}", "a clay model of a {}", "a detailed postcard showing {}", "a tired {} under a roof", "{} in a museum",
+        "a rough carving of {}", "a clay model of a {}", "a detailed postcard showing {}", "a tired {} under a roof", "{} in a museum",
         "an early morning with a {}", "a mug printed with {}", "a minimal graphic of the {}", "somebody dreams of a {}", "{} and a spoon",
     ),
 }  # fmt: skip

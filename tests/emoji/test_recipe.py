@@ -48,10 +48,10 @@ def regression_args(config: StageConfig):
 
 def test_a_stage_learns(tmp_path):
     model, loss_of = regression()
-    before = float(loss_of(0)[0])
+    before = loss_of(0)[0].item()
     trained = run_stage("fit", tmp_path, model, StageConfig(steps=300, batch_size=1, lr=0.05, warmup=5), loss_of)
     x = torch.randn(64, 4)
-    assert float((trained(x) - x.sum(1, keepdim=True)).square().mean()) < 0.05 * before
+    assert (trained(x) - x.sum(1, keepdim=True)).square().mean().item() < 0.05 * before
 
 
 def test_a_scene_splits_into_its_two_objects():
