@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tiny import make_store
 
 from itd import SAE, ActivationStore, SAEConfig, TrainConfig, activations, train, training
 from itd.kernels import SparseGradients
-from itd.training import CHECKPOINT, PARAMETERS, Trainer, geometric_median, initial_weights
+from itd.training import CHECKPOINT, PARAMETERS, Trainer, geometric_median, initial_weights, precision
 
 SIZE = SAEConfig(d_model=12, n_latents=40, k=4)
 SHORT = TrainConfig(n_tokens=12 * 32, batch_tokens=32, warmup_steps=3, k_aux=8, dead_tokens=64, checkpoint_every=3)
@@ -169,6 +168,32 @@ def test_the_geometric_median_is_where_the_pulls_cancel() -> None:
     assert (median - x[1:].mean(0)).norm() < 1
 
 
+def test_the_precision_inverts_the_covariance_and_counts_every_direction_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([10.0, 1.0, 0.3, 3.0])
+    x = torch.randn(2000, 4, generator=generator) @ torch.randn(4, 4, generator=generator) * scales
+    metric = precision(x, shrinkage=0)
+    torch.testing.assert_close(metric @ torch.cov(x.T), torch.eye(4), rtol=1e-3, atol=1e-3)
+    centred = x - x.mean(0)
+    assert float((centred @ metric * centred).sum() / len(x)) == pytest.approx(4, rel=1e-2)
+    shrunk = precision(x[:3])
+    assert shrunk.isfinite().all()
+    assert float((shrunk * torch.cov(x[:3].T)).sum()) == pytest.approx(4, rel=1e-3)
+
+
+def test_whitening_spares_directions_of_little_variance() -> None:
+    """What varies little is reconstructed better by the whitened loss than by the plain one."""
+    store = make_store()
+    quiet = ActivationStore(store.x * torch.tensor([10.0] * 6 + [0.5] * 6), store.weight)
+    shares = []
+    for whiten in (True, False):
+        settings = TrainConfig(n_tokens=300 * 128, batch_tokens=128, lr=3e-3, dead_tokens=2000, whiten=whiten)
+        sae = train(quiet, SIZE, settings)
+        error = (sae.decode(sae.encode(quiet.x)) - quiet.x).var(0) / quiet.x.var(0)
+        shares.append(float(error[6:].mean()))
+    assert shares[0] < 0.9 * shares[1]
+
+
 @pytest.mark.parametrize("init", ["data", "random"])
 def test_starting_weights_reconstruct_better_than_nothing(store: ActivationStore, init: Any) -> None:
     weights = initial_weights(store, SIZE, TrainConfig(init=init))
@@ -187,10 +212,18 @@ def kill_latents(trainer: Trainer, dead: slice) -> None:
     trainer.weights["b_enc"][dead] = 1e-4
 
 
-def dead_after(k_aux: int) -> tuple[float, float]:
-    """Return the share of latents that are dead before and after training with or without AuxK."""
-    plain = TrainConfig(whiten=False, relative_rates=False, decay="none", lr=3e-3, batch_tokens=128, n_tokens=300 * 128)
-    settings = replace(plain, k_aux=k_aux, dead_tokens=2000)
+def dead_after(k_aux: int, ours: bool) -> tuple[float, float]:
+    """Return the share of killed latents that are dead early and late in training, with or without AuxK."""
+    settings = TrainConfig(
+        whiten=ours,
+        relative_rates=ours,
+        decay="none",
+        lr=3e-3,
+        batch_tokens=128,
+        n_tokens=300 * 128,
+        k_aux=k_aux,
+        dead_tokens=2000,
+    )
     trainer = Trainer(make_store(), SIZE, settings)
     kill_latents(trainer, slice(0, 20))
     shares = []
@@ -200,14 +233,14 @@ def dead_after(k_aux: int) -> tuple[float, float]:
     return max(shares[:30]), shares[-1]
 
 
-def test_dead_latents_are_revived_by_aux_k() -> None:
-    before, after = dead_after(k_aux=20)
+@pytest.mark.parametrize("ours", [True, False], ids=["whitened, relative rates", "plain"])
+def test_dead_latents_are_revived_by_aux_k_and_stay_dead_without(ours: bool) -> None:
+    before, after = dead_after(k_aux=20, ours=ours)
     assert before > 0.9
     assert after < 0.5
-
-
-def test_dead_latents_stay_dead_without_aux_k() -> None:
-    assert dead_after(k_aux=0) == (1.0, 1.0)
+    before, after = dead_after(k_aux=0, ours=ours)
+    assert before > 0.9
+    assert after == 1.0
 
 
 def test_dead_is_counted_in_tokens(store: ActivationStore) -> None:
