@@ -17,6 +17,7 @@ from torch import Tensor
 
 from itd import emoji, report
 from itd.activations import record
+from itd.describe import table
 from itd.emoji.captions import with_article
 from itd.emoji.data import DESIGNS, Noun
 from itd.emoji.generate import generate, to_uint8
@@ -52,6 +53,7 @@ class DemoConfig:
     full: bool = False
     """Erase 50 of the benchmark's 100 identities, 5 seeds each, instead of the short tour."""
     seed: int = 0
+    """Seed of the prompts and pictures."""
 
 
 class Case(NamedTuple):
@@ -343,11 +345,10 @@ def summary_rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
 def text_table(outcomes: list[Outcome], metrics: dict[str, float]) -> str:
     """Return the result as aligned text."""
     rows = summary_rows(outcomes)
-    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
-    lines = ["  ".join(key.ljust(width) for key, width in widths.items())]
-    lines += ["  ".join(str(row[key]).ljust(width) for key, width in widths.items()) for row in rows]
-    lines += ["", *(f"{key:22} {value:.4g}" for key, value in metrics.items())]
-    return "\n".join(lines)
+    columns = list(rows[0])
+    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    numbers = [(key, f"{value:.4g}") for key, value in metrics.items()]
+    return "\n".join([*table(cells, indent="", left=len(columns)), "", *table(numbers, indent="", left=2)])
 
 
 def render(outcomes: list[Outcome], metrics: dict[str, float], config: DemoConfig) -> str:

@@ -21,7 +21,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from itd.activations import record
 from itd.emoji.clip import clip_processor, tokenizer_texts, train_clip, train_tokenizer
-from itd.emoji.data import DESIGNS, NAMES_SOURCE, SOURCES, WORDS_SOURCE, World, render_world
+from itd.emoji.data import NAMES_SOURCE, SOURCES, WORDS_SOURCE, World, render_world
 from itd.emoji.judge import Judge, train_judge
 from itd.emoji.stages import StageConfig
 from itd.emoji.unet import PoolConfig, build_pool, build_scheduler, train_unet
@@ -128,9 +128,9 @@ def text_tower(clip: CLIPModel) -> CLIPTextModel:
     """Return the text tower of a CLIP as the text encoder of a pipeline, fp32."""
     text_config: Any = clip.config.text_config
     encoder = CLIPTextModel(text_config).eval()
-    tower = {f"text_model.{key.removeprefix(PREFIX)}": value for key, value in clip.text_model.state_dict().items()}
-    has_prefix = any(key.startswith(PREFIX) for key in encoder.state_dict())
-    encoder.load_state_dict(tower if has_prefix else {key.removeprefix(PREFIX): v for key, v in tower.items()})
+    prefix = PREFIX if any(key.startswith(PREFIX) for key in encoder.state_dict()) else ""
+    tower = clip.text_model.state_dict()
+    encoder.load_state_dict({prefix + key.removeprefix(PREFIX): value for key, value in tower.items()})
     return encoder
 
 
@@ -210,8 +210,3 @@ def quick(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
         judge=few(config.judge), unet=few(config.unet),
         pool=PoolConfig(64, 16), sae_training=replace(config.sae_training, n_tokens=2048), work=work, out=out,
     )  # fmt: skip
-
-
-def designs_of(world: World) -> dict[str, int]:
-    """Return how many images each design contributes."""
-    return {design: int((world.design == index).sum()) for index, design in enumerate(DESIGNS)}

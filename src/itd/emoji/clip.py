@@ -25,6 +25,7 @@ from transformers import (
 from itd.emoji.captions import CaptionSource
 from itd.emoji.data import BACKGROUNDS, DESIGNS, World
 from itd.emoji.images import background_colors, paste, pick, premultiply, side_by_side
+from itd.emoji.judge import conv
 from itd.emoji.stages import StageConfig, run_stage
 
 VOCABULARY = 4096
@@ -95,10 +96,6 @@ def build_clip() -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING))
 
 
-def convolution(n_in: int, n_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.GELU())
-
-
 class Teacher(nn.Module):
     """The text tower in training, against a convolutional image tower that learns faster than a transformer.
 
@@ -110,8 +107,8 @@ class Teacher(nn.Module):
         self.text_model, self.text_projection = clip.text_model, clip.text_projection
         self.logit_scale = clip.logit_scale
         self.eye = nn.Sequential(
-            nn.AvgPool2d(2), convolution(3, 32, 1), convolution(32, 64, 2), convolution(64, 96, 1), convolution(96, 128, 2),
-            convolution(128, 192, 1), convolution(192, 256, 2), nn.Flatten(), nn.Linear(256 * 16, EMBEDDING),
+            nn.AvgPool2d(2), conv(3, 32, 1), conv(32, 64, 2), conv(64, 96, 1), conv(96, 128, 2),
+            conv(128, 192, 1), conv(192, 256, 2), nn.Flatten(), nn.Linear(256 * 16, EMBEDDING),
         )  # fmt: skip
         self.proxies = nn.Linear(EMBEDDING, n_nouns, bias=False)
 

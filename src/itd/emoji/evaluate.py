@@ -7,7 +7,6 @@ import logging
 import random
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from itd.emoji import GUIDANCE_SCALE, STEPS, load_clip, load_judge, load_pipeline, load_sae
 from itd.emoji.captions import with_article
+from itd.emoji.card import card
 from itd.emoji.data import DESIGNS, Noun, World
 from itd.emoji.generate import contact_sheet, generate
 from itd.emoji.images import paste, premultiply, split_scene
@@ -141,12 +141,5 @@ def evaluate_world(config: WorldConfig, n_scenes: int = 200, n_designs: int = 24
     chosen = random.Random(0).sample(range(len(images)), 92)
     sheet = torch.cat([images[sorted(chosen)], scene_images[:8]])
     contact_sheet(sheet, 10).save(config.out / "contact-sheet.png")
-    write_card(config.out, numbers)
+    (config.out / "README.md").write_text(card(numbers), encoding="utf-8")
     return numbers
-
-
-def write_card(folder: Path, numbers: dict[str, Any]) -> None:
-    """Write the model card from the measured numbers."""
-    from itd.emoji.card import card
-
-    (folder / "README.md").write_text(card(numbers), encoding="utf-8")
