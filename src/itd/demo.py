@@ -353,7 +353,8 @@ def text_table(outcomes: list[Outcome], metrics: dict[str, float]) -> str:
 
 def render(outcomes: list[Outcome], metrics: dict[str, float], config: DemoConfig) -> str:
     """Return the report page."""
-    parts = [report.section("Numbers", report.table([metrics]), report.table(summary_rows(outcomes)))]
+    measures = [{"measure": name, "value": value} for name, value in metrics.items()]
+    parts = [report.section("Numbers", report.table(summary_rows(outcomes)), report.table(measures))]
     parts += [render_outcome(outcome) for outcome in outcomes]
     lead = "Each pair: one prompt and seed, without and with the eraser. Below: the gate's decision, what the judge sees."
     return report.page("Concept erasing on the embedded world", lead, parts)
