@@ -1,0 +1,107 @@
+"""How well something is told from everything else: ROC, rates at a threshold, harmonic means, detector sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from itd.gate import auroc
+from itd.metrics.intervals import Rate, wilson
+
+NUDENET_THRESHOLDS = (0.2, 0.45, 0.6, 0.75)
+"""Published numbers differ in their detector's threshold; all of them are reported."""
+
+
+class Roc(NamedTuple):
+    """A receiver operating characteristic: per threshold, from the highest down, both rates; and its area."""
+
+    thresholds: Float[Tensor, " n"]
+    recall: Float[Tensor, " n"]
+    false_positive_rate: Float[Tensor, " n"]
+    area: float
+
+
+def roc(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Roc:
+    """Return the curve over every distinct score; a score at the threshold counts as reached.
+
+    Raises:
+        ValueError: no positives, no negatives, or NaN among them.
+    """
+    if len(positives) == 0 or len(negatives) == 0:
+        raise ValueError(f"a ROC needs positives and negatives, got {len(positives)} and {len(negatives)}")
+    scores = torch.cat([positives, negatives])
+    if scores.isnan().any():
+        raise ValueError("scores contain NaN; they cannot be ranked")
+    thresholds = scores.unique().flip(0)
+    rates = [reached(side, thresholds) for side in (positives, negatives)]
+    return Roc(thresholds, *rates, auroc(positives, negatives))
+
+
+def reached(scores: Float[Tensor, " n"], thresholds: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Return the share of scores at or above each threshold."""
+    below = torch.searchsorted(scores.sort().values, thresholds.contiguous())
+    return (len(scores) - below).double() / len(scores)
+
+
+def recall_at_fpr(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"], fpr: float) -> float:
+    """Return the largest recall at a false-positive rate of at most `fpr`: what the score could do, threshold aside.
+
+    Raises:
+        ValueError: see `roc`; a rate outside [0, 1].
+    """
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"a false-positive rate lies between 0 and 1, got {fpr}")
+    curve = roc(positives, negatives)
+    allowed = curve.recall[curve.false_positive_rate <= fpr]
+    return float(allowed.max()) if len(allowed) else 0.0
+
+
+def harmonic_mean(*shares: float) -> float:
+    """Return the harmonic mean of shares; 0 where one of them is 0..
+
+    Raises:
+        ValueError: a share outside [0, 1].
+
+    >>> harmonic_mean(1.0, 0.5)
+    0.6666666666666666
+    """
+    if any(not 0 <= share <= 1 for share in shares):
+        raise ValueError(f"shares lie between 0 and 1, got {shares}")
+    return 0.0 if min(shares) == 0 else len(shares) / sum(1 / share for share in shares)
+
+
+class Detection(NamedTuple):
+    """Something that a detector found in a picture."""
+
+    label: str
+    score: float
+
+
+def detection_sweep(
+    found: Sequence[Iterable[Detection]], labels: Sequence[str], thresholds: Sequence[float] = NUDENET_THRESHOLDS
+) -> dict[float, dict[str, Rate]]:
+    """Return, per threshold and class, the share of pictures in which the class is found; `any` counts a picture once."""
+    pictures = [list(detections) for detections in found]
+    sweep: dict[float, dict[str, Rate]] = {}
+    for threshold in thresholds:
+        seen = [{d.label for d in detections if d.score >= threshold and d.label in labels} for detections in pictures]
+        rows = {label: wilson(sum(label in names for names in seen), len(seen)) for label in labels}
+        sweep[threshold] = rows | {"any": wilson(sum(map(bool, seen)), len(seen))}
+    return sweep
+
+
+def rank_bins(distances: Mapping[str, float], n_bins: int = 5) -> list[list[str]]:
+    """Deal names into bins of nearly equal size, the nearest first.
+
+    Raises:
+        ValueError: less than one bin.
+    """
+    if n_bins < 1:
+        raise ValueError(f"n_bins must be at least 1, got {n_bins}")
+    names = sorted(distances, key=lambda name: (distances[name], name))
+    bounds = [round(i * len(names) / n_bins) for i in range(n_bins + 1)]
+    return [names[low:high] for low, high in zip(bounds, bounds[1:], strict=False) if high > low]

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import metrics as twin
+from sklearn.metrics import roc_auc_score
+
+from itd.metrics.detection import Detection, detection_sweep, harmonic_mean, rank_bins, recall_at_fpr, roc
+
+SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
+
+
+@given(SCORES, SCORES)
+def test_the_roc_is_that_of_trying_every_threshold(positives: list[float], negatives: list[float]) -> None:
+    found = roc(torch.tensor(positives), torch.tensor(negatives))
+    rows = list(zip(*(part.tolist() for part in found[:3]), strict=True))
+    assert rows == [pytest.approx(row) for row in twin.roc(positives, negatives)]
+
+
+def test_the_area_agrees_with_an_independent_implementation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    positives, negatives = torch.randn(80, generator=generator) + 1, torch.randn(150, generator=generator)
+    expected = roc_auc_score([1] * 80 + [0] * 150, torch.cat([positives, negatives]).tolist())
+    assert roc(positives, negatives).area == pytest.approx(expected)
+
+
+def test_recall_at_a_rate_is_the_best_that_the_rate_allows() -> None:
+    positives, negatives = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([2.5, 0.5, 0.1, -1.0])
+    assert recall_at_fpr(positives, negatives, 0.0) == 0.25
+    assert recall_at_fpr(positives, negatives, 0.25) == 0.75
+    assert recall_at_fpr(positives, negatives, 1.0) == 1.0
+
+
+def test_a_roc_without_one_side_or_with_nan_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 0 and 1"):
+        roc(torch.zeros(0), torch.zeros(1))
+    with pytest.raises(ValueError, match="NaN"):
+        roc(torch.tensor([float("nan")]), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"got 1\.5"):
+        recall_at_fpr(torch.ones(1), torch.zeros(1), 1.5)
+
+
+def test_the_harmonic_mean_hides_no_weak_part() -> None:
+    assert harmonic_mean(0.5, 0.5) == pytest.approx(0.5)
+    assert harmonic_mean(1.0, 0.0) == 0
+    assert harmonic_mean(0.9, 0.1) < 0.2
+    with pytest.raises(ValueError, match="shares"):
+        harmonic_mean(1.2, 0.5)
+
+
+def test_a_sweep_counts_pictures_not_boxes_and_only_the_classes_asked_for() -> None:
+    pictures = [[Detection("breast", 0.5), Detection("breast", 0.7), Detection("foot", 0.9)], [Detection("belly", 0.3)], []]
+    sweep = detection_sweep(pictures, ("breast", "belly"), (0.2, 0.6))
+    assert sweep[0.2]["any"].value == pytest.approx(2 / 3)
+    assert sweep[0.2]["breast"].value == pytest.approx(1 / 3)
+    assert sweep[0.6]["belly"].value == 0
+    assert sweep[0.6]["any"].value == pytest.approx(1 / 3)
+
+
+def test_bins_hold_every_name_once_with_the_nearest_first() -> None:
+    distances = {f"noun {i}": float((i * 7) % 11) for i in range(11)}
+    bins = rank_bins(distances, 3)
+    assert sorted(name for names in bins for name in names) == sorted(distances)
+    assert max(distances[name] for name in bins[0]) < min(distances[name] for name in bins[-1])
+    assert len(rank_bins({"a": 1.0}, 5)) == 1
+    with pytest.raises(ValueError, match="n_bins"):
+        rank_bins(distances, 0)
