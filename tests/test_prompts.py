@@ -94,6 +94,13 @@ def test_the_shipped_templates_are_dealt_to_one_split_each() -> None:
     check_leaks(prompts.of("fit"), prompts.of("calibrate") + prompts.of("test"), concepts=False)
 
 
+def test_templates_that_mention_what_is_avoided_are_left_out() -> None:
+    kept = concept_prompts(["owl"], ["fit"], avoid=["HOUSE", "red car"])
+    assert len(kept) == len(TEMPLATES["fit"]) - 2
+    assert not any("house" in text or "red car" in text for text in kept.texts)
+    assert len(concept_prompts(["owl"], ["fit"], avoid=["use"])) == len(TEMPLATES["fit"]), "only whole words count"
+
+
 # Files
 
 

@@ -171,12 +171,13 @@ def concept_sets(model: str | None, target: Sequence[str], retain: Sequence[str]
             raise ValueError(
                 "--retain is required with --model: names of what must stay, close to the target if possible, or a prompt file"
             )
-        return ConceptSets(target_prompts(target), kept_prompts(retain), kept_prompts(neutral))
+        names = [value for value in target if not is_file(value)]
+        return ConceptSets(target_prompts(target), kept_prompts(retain, names), kept_prompts(neutral, names))
     found = world_sets(target)
     return ConceptSets(
         found.target,
-        kept_prompts(retain) if retain else found.retain,
-        kept_prompts(neutral) if neutral else found.neutral,
+        kept_prompts(retain, target) if retain else found.retain,
+        kept_prompts(neutral, target) if neutral else found.neutral,
     )
 
 
@@ -211,14 +212,14 @@ def target_prompts(values: Iterable[str]) -> PromptSet:
     return concept_prompts(names) + prompts
 
 
-def kept_prompts(values: Iterable[str]) -> PromptSet:
-    """Return prompts to keep. Of three names two are fitted on and one is calibrated on; files are split later."""
+def kept_prompts(values: Iterable[str], avoid: Iterable[str] = ()) -> PromptSet:
+    """Return prompts to keep, in templates that mention nothing of `avoid`. Of three names two are fitted on and one is calibrated on; files are split later."""
     prompts: list[Prompt] = []
-    n_names = 0
+    n_names, avoided = 0, list(avoid)
     for value in dict.fromkeys(values):
         if is_file(value):
             prompts.extend(PromptSet.from_file(value))
         else:
-            prompts.extend(concept_prompts([value], ["calibrate" if n_names % 3 == 2 else "fit"]))
+            prompts.extend(concept_prompts([value], ["calibrate" if n_names % 3 == 2 else "fit"], avoided))
             n_names += 1
     return PromptSet(tuple(prompts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from itd.prompts import PromptSet, Split
@@ -21,20 +22,33 @@ TEMPLATES: dict[Split, tuple[str, ...]] = {
         "a strange {} with a hat", "show me {}",
     ),
     "test": (
-        "a rough carving of {}", "a clay model of a {}", "a detailed postcard showing {}", "a tired {} under a roof", "{} in a museum",
-        "an early morning with a {}", "a mug printed with {}", "a minimal graphic of the {}", "somebody dreams of a {}", "{} and a spoon",
+        "a wooden toy shaped like a {}", "a stained glass window with a {}", "my grandmother knitted a {}", "a {} seen from far away",
+        "a faded stamp with a {}", "{} waiting in line", "once upon a time there was a {}", "a chocolate {}", "a quick pencil study of the {}",
+        "an advertisement for {} and something else",
     ),
 }  # fmt: skip
 
 
-def concept_prompts(names: Iterable[str], splits: Iterable[Split] = ("fit", "calibrate")) -> PromptSet:
-    """Put every name into every template of the given splits; the prompts carry their split.
+def templates_without(names: Iterable[str], split: Split) -> tuple[str, ...]:
+    """Return the templates of a split that mention none of the names: "a house and {}" is no retained prompt where house is erased.
+
+    >>> len(TEMPLATES["fit"]) - len(templates_without(["House"], "fit"))
+    1
+    """
+    mentioned = re.compile(r"|".join(rf"\b{re.escape(name)}\b" for name in names) or r"(?!)", re.IGNORECASE)
+    return tuple(template for template in TEMPLATES[split] if not mentioned.search(template))
+
+
+def concept_prompts(
+    names: Iterable[str], splits: Iterable[Split] = ("fit", "calibrate"), avoid: Iterable[str] = ()
+) -> PromptSet:
+    """Put every name into every template of the given splits that mentions nothing of `avoid`; the prompts carry their split.
 
     >>> len(concept_prompts(["cat"], ["test"]))
     10
     """
-    listed = list(names)
+    listed, avoided = list(names), list(avoid)
     prompts = PromptSet()
     for split in splits:
-        prompts = prompts + PromptSet.from_names(listed, TEMPLATES[split], split)
+        prompts = prompts + PromptSet.from_names(listed, templates_without(avoided, split), split)
     return prompts

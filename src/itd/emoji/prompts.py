@@ -9,12 +9,12 @@ from itd.emoji import DESIGNS, Noun, model_folder, nouns
 from itd.emoji.captions import CaptionSource
 from itd.emoji.data import BACKGROUNDS
 from itd.prompts import Prompt, PromptSet, Split
-from itd.templates import TEMPLATES, concept_prompts
+from itd.templates import TEMPLATES, concept_prompts, templates_without
 
 STYLE_TEMPLATES: dict[Split, tuple[str, ...]] = {
     "fit": ("{noun} in the style of {style}", "{noun} by {style}", "a drawing of {noun}, {style} style", "{noun}, {style}, on a white background"),
     "calibrate": ("{noun} in {style} style", "an icon of {noun} in the {style} design", "{noun} drawn by {style}, highly detailed"),
-    "test": ("{noun} as {style} would draw it", "a postcard of {noun}, art by {style}"),
+    "test": ("{noun} the way {style} does it", "{style} version of {noun} for a calendar", "imagine {noun} made by {style}"),
 }  # fmt: skip
 """Frames for erasing a design: `{style}` is the concept, `{noun}` varies."""
 STYLE_NOUNS = 48
@@ -70,19 +70,19 @@ def erase_sets(names: Sequence[str]) -> tuple[PromptSet, PromptSet, PromptSet]:
     roles = {listed[name].role for name in chosen}
     others = [noun for noun in listed.values() if noun.name not in chosen]
     target = concept_prompts(chosen) + style_prompts(designs, others)
-    retain = split_nouns([noun for noun in others if noun.role in roles])
-    neutral = split_nouns([noun for noun in others if noun.role not in roles])
+    retain = split_nouns([noun for noun in others if noun.role in roles], chosen)
+    neutral = split_nouns([noun for noun in others if noun.role not in roles], chosen)
     if designs:
         retain = retain + style_prompts([design for design in DESIGNS if design not in designs], others)
     return target, retain, neutral
 
 
-def split_nouns(listed: Iterable[Noun], seed: int = 0) -> PromptSet:
-    """Deal nouns to fit (two thirds) and calibrate, each in some of that split's templates."""
+def split_nouns(listed: Iterable[Noun], avoid: Sequence[str] = (), seed: int = 0) -> PromptSet:
+    """Deal nouns to fit (two thirds) and calibrate, each in some of that split's templates that mention nothing of `avoid`."""
     rng, prompts = random.Random(seed), []
     for index, noun in enumerate(listed):
         split = "calibrate" if index % 3 == 2 else "fit"
-        templates = rng.sample(TEMPLATES[split], TEMPLATES_PER_NOUN)
+        templates = rng.sample(templates_without(avoid, split), TEMPLATES_PER_NOUN)
         prompts += PromptSet.from_names([noun.name], templates, split).prompts
     return PromptSet(tuple(prompts))
 
