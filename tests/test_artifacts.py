@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from itd import artifacts
-from itd.artifacts import artifact_sha256, read_config, read_tensors, save_artifact, write_folder
+from itd.artifacts import STAMP, artifact_sha256, map_tensors, read_config, read_tensors, save_artifact, write_folder
 
 TENSORS = {"part": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}}
 
@@ -217,3 +218,112 @@ def test_an_optional_tensor_may_be_there_or_not(tmp_path: Path) -> None:
     save(tmp_path / "thing")
     config = read_config(tmp_path / "thing", "thing", ("value",))
     assert set(read_tensors(tmp_path / "thing", config, "part", ("a",), ("b", "c"))) == {"a", "b"}
+
+
+# Mapping, and hashing large files once
+
+
+def map_part(folder: Path, **options: Any) -> artifacts.MappedTensors:
+    return map_tensors(folder, read_config(folder, "thing", ("value",)), "part", ("a", "b"), **options)
+
+
+def test_mapped_tensors_are_those_that_are_read(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(7, 3), "b": torch.arange(5), "c": torch.randn(4).half(), "empty": torch.zeros(0, 3)}
+    save_artifact(tmp_path / "thing", "thing", {"value": 1}, {"part": tensors})
+    config = read_config(tmp_path / "thing", "thing", ("value",))
+    mapped, read = (function(tmp_path / "thing", config, "part", tensors) for function in (map_tensors, read_tensors))
+    for name, value in tensors.items():
+        assert torch.equal(mapped.tensors[name], value)
+        assert torch.equal(read[name], value)
+        assert mapped.tensors[name].dtype == value.dtype
+    mapped.release()
+    assert torch.equal(mapped.tensors["a"], tensors["a"]), "what was given back is read again"
+
+
+def test_writing_to_a_mapped_tensor_does_not_change_the_file(tmp_path: Path) -> None:
+    save(tmp_path / "thing")
+    before = (tmp_path / "thing" / "part.safetensors").read_bytes()
+    map_part(tmp_path / "thing").tensors["a"].zero_()
+    assert (tmp_path / "thing" / "part.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Treat every file as large and as written long ago; list the files that are hashed."""
+    names: list[str] = []
+    real = artifacts.sha256_of
+    monkeypatch.setattr(artifacts, "ALWAYS_HASHED_BYTES", -1)
+    monkeypatch.setattr(artifacts, "SETTLED_NS", -(10**18))
+    monkeypatch.setattr(artifacts, "sha256_of", lambda path: names.append(path.name) or real(path))
+    return names
+
+
+def test_a_large_file_that_nobody_touched_is_hashed_once(tmp_path: Path, hashed: list[str]) -> None:
+    save(tmp_path / "thing")
+    assert hashed == ["part.safetensors"]
+    for _ in range(2):
+        map_part(tmp_path / "thing")
+        read(tmp_path / "thing")
+    assert hashed == ["part.safetensors"]
+    map_part(tmp_path / "thing", verify=True)
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("size", ["same", "other"])
+def test_a_large_file_that_was_changed_is_found(tmp_path: Path, hashed: list[str], size: str) -> None:
+    save(tmp_path / "thing")
+    path = tmp_path / "thing" / "part.safetensors"
+    bits = path.read_bytes()
+    path.write_bytes(bits[:-1] + bytes([bits[-1] ^ 1]) + (b"" if size == "same" else b"0"))
+    with pytest.raises(ValueError, match=r"part\.safetensors is truncated or altered"):
+        map_part(tmp_path / "thing")
+    assert not path.with_name(STAMP).exists() or not artifacts.is_stamped(path, artifacts.sha256_of(path))
+
+
+def test_a_stamp_does_not_hold_for_a_copy_or_another_hash(tmp_path: Path, hashed: list[str]) -> None:
+    save(tmp_path / "thing")
+    shutil.copytree(tmp_path / "thing", tmp_path / "copy")
+    map_part(tmp_path / "copy")
+    assert len(hashed) == 2
+    edit_config(tmp_path / "thing", sha256={"part.safetensors": "0" * 64})
+    with pytest.raises(ValueError, match="is truncated or altered"):
+        map_part(tmp_path / "thing")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"part.safetensors": 3}', '{"part.safetensors": {"sha256": "0"}}'])
+def test_a_damaged_stamp_counts_as_none(tmp_path: Path, hashed: list[str], text: str) -> None:
+    save(tmp_path / "thing")
+    (tmp_path / "thing" / STAMP).write_text(text)
+    map_part(tmp_path / "thing")
+    assert len(hashed) == 2
+
+
+def test_files_that_are_small_or_just_written_get_no_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "small")
+    monkeypatch.setattr(artifacts, "ALWAYS_HASHED_BYTES", -1)
+    monkeypatch.setattr(artifacts, "SETTLED_NS", 10**18)
+    save(tmp_path / "fresh")
+    assert not any(tmp_path.rglob(STAMP))
+
+
+def test_a_folder_that_cannot_be_written_to_is_hashed_each_time(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "thing")
+    (tmp_path / "thing" / STAMP).unlink()
+
+    def refuse(path: Path, text: str, **options: Any) -> int:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    for _ in range(2):
+        map_part(tmp_path / "thing")
+    assert len(hashed) == 3
+
+
+def test_a_mapped_file_that_is_not_safetensors_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path / "thing")
+    (tmp_path / "thing" / "part.safetensors").write_bytes(b"not tensors")
+    edit_config(tmp_path / "thing", sha256={"part.safetensors": hashlib.sha256(b"not tensors").hexdigest()})
+    with pytest.raises(ValueError, match=r"part\.safetensors is not a safetensors file"):
+        map_part(tmp_path / "thing")

@@ -269,3 +269,16 @@ def test_a_damaged_autoencoder_is_an_error(tmp_path: Path, damage: str) -> None:
     path.write_bytes(bits[:-100] if damage == "truncated" else bits[:-1] + bytes([bits[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"sae\.safetensors is truncated or altered"):
         SAE.load(tmp_path / "sae")
+
+
+def test_weights_stay_in_their_file_until_they_are_used_and_may_be_given_back(tmp_path: Path) -> None:
+    sae = random_sae()
+    for dtype, mapped in ((torch.float32, True), (torch.float16, False)):
+        loaded = sae.save(tmp_path / "sae", dtype)
+        assert (loaded.mapped is not None) == mapped
+        x = torch.randn(5, loaded.config.d_model)
+        before = loaded.decode(loaded.encode(x))
+        loaded.release()
+        assert torch.equal(loaded.decode(loaded.encode(x)), before)
+    sae.release()
+    assert sae.to("cpu").mapped is None

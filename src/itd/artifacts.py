@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import mmap
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "config.json"
+STAMP = ".verified.json"
+"""Beside large files: which of them were hashed, and how the file system described them then."""
 SCHEMA_VERSION = 1
+ALWAYS_HASHED_BYTES = 64 * 2**20
+"""Files up to this size are hashed whenever they are read; it takes a tenth of a second."""
+SETTLED_NS = 2 * 10**9
+"""A file whose last change is younger than this when it is hashed gets no stamp: clocks of file systems are coarse."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def itd_version() -> str:
@@ -57,7 +70,13 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_artifact(folder: str | Path, kind: str, config: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> None:
+def save_artifact(
+    folder: str | Path,
+    kind: str,
+    config: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Tensor]],
+    version: int = SCHEMA_VERSION,
+) -> None:
     """Write tensors as `{name}.safetensors` and a `config.json` with their hashes."""
 
     def write(temporary: Path) -> None:
@@ -66,14 +85,17 @@ def save_artifact(folder: str | Path, kind: str, config: Mapping[str, Any], file
             path = temporary / f"{name}.safetensors"
             save_file({key: value.contiguous() for key, value in tensors.items()}, path)
             hashes[path.name] = sha256_of(path)
-        header = {"kind": kind, "schema_version": SCHEMA_VERSION, "itd_version": itd_version(), "sha256": hashes}
+            stamp_verified(path, hashes[path.name])
+        header = {"kind": kind, "schema_version": version, "itd_version": itd_version(), "sha256": hashes}
         (temporary / CONFIG).write_text(json.dumps(header | dict(config), indent=2, ensure_ascii=False) + "\n")
 
     write_folder(folder, write)
 
 
-def read_config(folder: str | Path, kind: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Read and check `config.json`: kind, schema version, no unknown or missing keys.
+def read_config(
+    folder: str | Path, kind: str, keys: Iterable[str], versions: Iterable[int] = (SCHEMA_VERSION,)
+) -> dict[str, Any]:
+    """Read and check `config.json`: kind, one of the schema `versions`, no unknown or missing keys.
 
     Raises:
         FileNotFoundError: there is no artifact.
@@ -90,9 +112,9 @@ def read_config(folder: str | Path, kind: str, keys: Iterable[str]) -> dict[str,
         raise ValueError(f"{path} is not a JSON object; save the {kind} again")
     if config.get("kind") != kind:
         raise ValueError(f"{path} describes a {config.get('kind')!r}, not a {kind!r}")
-    if config.get("schema_version") != SCHEMA_VERSION:
-        found = config.get("schema_version")
-        raise ValueError(f"{path} has schema_version {found!r}, this itd reads {SCHEMA_VERSION}; save it with this version")
+    if config.get("schema_version") not in tuple(versions):
+        found, readable = config.get("schema_version"), ", ".join(map(str, versions))
+        raise ValueError(f"{path} has schema_version {found!r}, this itd reads {readable}; save it with this version")
     require_keys(path, config, {"kind", "schema_version", "itd_version", "sha256", *keys})
     return config
 
@@ -118,23 +140,136 @@ def reading(folder: str | Path) -> Generator[None, None, None]:
 def read_tensors(
     folder: str | Path, config: Mapping[str, Any], name: str, keys: Iterable[str], optional: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """Read `{name}.safetensors` after checking its hash; tensors are memory-mapped.
+    """Read `{name}.safetensors` after checking its hash.
 
     Raises:
         ValueError: the file is missing, truncated or altered, or does not hold the tensors `keys`.
     """
+    path = verified_path(folder, config, name)
+    with safetensors_errors(path):
+        tensors = load_file(path)
+    require_keys(path, tensors, keys, optional)
+    return tensors
+
+
+class MappedTensors(NamedTuple):
+    """Tensors whose bytes stay in their file until they are used, and the mapping that holds them."""
+
+    tensors: dict[str, Tensor]
+    mapping: mmap.mmap
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; the file is read again where it is needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def map_tensors(
+    folder: str | Path, config: Mapping[str, Any], name: str, keys: Iterable[str], verify: bool | None = None
+) -> MappedTensors:
+    """Map `{name}.safetensors` into memory: nothing but the header is read, and what is used later is read then.
+
+    `verify`: see `require_unaltered`. Writing to the tensors does not change the file.
+
+    Raises:
+        ValueError: the file is missing, truncated or altered, or does not hold the tensors `keys`.
+    """
+    path = verified_path(folder, config, name, verify)
+    with safetensors_errors(path), safe_open(path, framework="pt"):
+        pass  # the library checks the header: sizes, offsets, overlaps
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(mapping[:8], "little")
+    header = json.loads(mapping[8:start])
+    header.pop("__metadata__", None)
+    require_keys(path, header, keys)
+    tensors: dict[str, Tensor] = {}
+    for key, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {key} is of type {entry['dtype']}, not one of {sorted(DTYPES)}; save it again")
+        tensors[key] = view_bytes(mapping, start + entry["data_offsets"][0], DTYPES[entry["dtype"]], entry["shape"])
+    return MappedTensors(tensors, mapping)
+
+
+def view_bytes(mapping: mmap.mmap, offset: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """Return the tensor that lies at `offset`."""
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+
+@contextmanager
+def safetensors_errors(path: Path) -> Generator[None, None, None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); save it again") from error
+
+
+def verified_path(folder: str | Path, config: Mapping[str, Any], name: str, verify: bool | None = None) -> Path:
+    """Return the path of a file of an artifact after checking that it is the one that was saved."""
     path = Path(folder) / f"{name}.safetensors"
     require_keys(Path(folder) / CONFIG, config["sha256"], {path.name})
     if not path.is_file():
         raise ValueError(f"{path} is missing; copy the whole folder, or save it again")
-    if sha256_of(path) != config["sha256"][path.name]:
+    require_unaltered(path, config["sha256"][path.name], verify)
+    return path
+
+
+# Hashes
+
+
+def require_unaltered(path: Path, sha256: str, verify: bool | None = None) -> None:
+    """Raise ValueError unless the file has this hash.
+
+    A large file that was hashed before, and that the file system says is still the same one, unchanged since, is not
+    hashed again: a stamp beside it keeps what was seen. This finds damage by whatever writes to files. It does not find
+    a disk that changes bits by itself: `verify=True` always hashes. `verify=False` never does.
+    """
+    if verify is False or (verify is None and is_stamped(path, sha256)):
+        return
+    if sha256_of(path) != sha256:
         raise ValueError(f"{path} is truncated or altered: its sha256 is not the one in {CONFIG}; copy or save it again")
+    stamp_verified(path, sha256)
+
+
+def identity_of(path: Path) -> dict[str, int]:
+    """Return how the file system describes a file; a copy, a write or a replacement gives another description."""
+    found = path.stat()
+    return {
+        "size": found.st_size, "inode": found.st_ino, "device": found.st_dev,
+        "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns,
+    }  # fmt: skip
+
+
+def read_stamps(folder: Path) -> dict[str, Any]:
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}); save it again") from error
-    require_keys(path, tensors, keys, optional)
-    return tensors
+        stamps = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def is_stamped(path: Path, sha256: str) -> bool:
+    """Tell whether the file was seen to have this hash and was not touched since."""
+    return read_stamps(path.parent).get(path.name) == {"sha256": sha256, **identity_of(path)}
+
+
+def stamp_verified(path: Path, sha256: str) -> None:
+    """Note that the file, as it is now, has this hash. Small files, and those just written, are not noted."""
+    identity = identity_of(path)
+    settled = time.time_ns() - max(identity["mtime_ns"], identity["ctime_ns"]) > SETTLED_NS
+    if identity["size"] <= ALWAYS_HASHED_BYTES or not settled:
+        return
+    stamps = read_stamps(path.parent) | {path.name: {"sha256": sha256, **identity}}
+    temporary = path.with_name(f"{STAMP}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(json.dumps(stamps, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path.parent / STAMP)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        logger.info("%s cannot be stamped as verified; it is hashed each time", path)
 
 
 def artifact_sha256(config: Mapping[str, Any]) -> str:

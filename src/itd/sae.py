@@ -10,7 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itd.artifacts import CONFIG, artifact_sha256, read_config, read_tensors, reading, require_keys, save_artifact
+from itd.artifacts import (
+    CONFIG,
+    MappedTensors,
+    artifact_sha256,
+    map_tensors,
+    read_config,
+    reading,
+    require_keys,
+    save_artifact,
+)
 from itd.hooks import HookPoint
 from itd.kernels import SparseCodes, sparse_decode, topk_encode
 
@@ -86,6 +95,8 @@ class SAE:
     """Hash of the saved files; None until it is saved or loaded."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     """What training measured: `fvu`, `dead_share`, `tokens`, `seconds`."""
+    mapped: MappedTensors | None = field(default=None, repr=False)
+    """The file that the weights stay in until they are used; None if they are in memory."""
 
     def __post_init__(self) -> None:
         c = self.config
@@ -154,6 +165,11 @@ class SAE:
             metrics=self.metrics,
         )
 
+    def release(self) -> None:
+        """Give back the memory of weights that were read from a mapped file; they are read again when needed."""
+        if self.mapped is not None:
+            self.mapped.release()
+
     def _tensors(self) -> dict[str, Tensor]:
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
 
@@ -169,8 +185,10 @@ class SAE:
         return SAE.load(folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> SAE:
-        """Read what `save` wrote.
+    def load(cls, folder: str | Path, verify: bool | None = None) -> SAE:
+        """Read what `save` wrote. Weights in fp32 are mapped: they are read from the file when they are first used.
+
+        `verify`: hash a large file even if it was hashed before and not touched since (True), or not at all (False).
 
         Raises:
             FileNotFoundError: no autoencoder there.
@@ -178,13 +196,15 @@ class SAE:
         """
         config = read_config(folder, KIND, ("sae", "hook_point", "metrics"))
         require_keys(Path(folder) / CONFIG, config["sae"], [f.name for f in fields(SAEConfig)])
-        tensors = read_tensors(folder, config, "sae", ("W_enc", "b_enc", "W_dec", "b_dec"))
+        mapped = map_tensors(folder, config, "sae", ("W_enc", "b_enc", "W_dec", "b_dec"), verify)
+        stays = mapped.tensors["W_enc"].dtype == torch.float32
         with reading(folder):
             return cls(
                 SAEConfig(**config["sae"]),
-                **{name: value.float() for name, value in tensors.items()},
+                **{name: value.float() for name, value in mapped.tensors.items()},
                 hook_point=None if config["hook_point"] is None else HookPoint.parse(config["hook_point"]),
                 source=str(Path(folder).resolve()),
                 sha256=artifact_sha256(config),
                 metrics=config["metrics"],
+                mapped=mapped if stays else None,
             )
