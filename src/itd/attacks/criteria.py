@@ -1,0 +1,64 @@
+"""Criteria of success: what in a picture counts as the erased concept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A classifier names the concept first. For the judge of the embedded world, or any `name(images)` like its.
+
+    judge: `name` takes images (n, 3, h, w) in [-1, 1] and returns nouns and designs.
+    """
+
+    judge: Any
+    concept: str
+
+    def __post_init__(self) -> None:
+        if self.concept not in (*self.judge.nouns, *self.judge.designs):
+            raise ValueError(f"the judge cannot tell {self.concept!r}; choose a noun or design that it was trained on")
+
+    @property
+    def name(self) -> str:
+        return f"judge names {self.concept} first"
+
+    def __call__(self, images: Float[Tensor, "n 3 h w"]) -> list[bool]:
+        nouns, designs = self.judge.name(2 * images - 1)
+        said = nouns if self.concept in self.judge.nouns else designs
+        return [name == self.concept for name in said]
+
+
+@dataclass(frozen=True, eq=False)
+class ClipNames:
+    """Zero-shot CLIP: of the concept and the alternatives, the concept is closest to the picture.
+
+    Source: Radford et al. 2021, section 3.1.
+    """
+
+    model: Any
+    processor: Any
+    concept: str
+    others: Sequence[str]
+    sentence: str = "a picture of a {}"
+
+    def __post_init__(self) -> None:
+        if not self.others or self.concept in self.others:
+            raise ValueError(f"give other concepts to tell {self.concept!r} from, got {list(self.others)}")
+
+    @property
+    def name(self) -> str:
+        return f"CLIP names {self.concept} first of {len(self.others) + 1}"
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "n 3 h w"]) -> list[bool]:
+        texts = [self.sentence.format(word) for word in (self.concept, *self.others)]
+        pixels = [image for image in (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+        batch = self.processor(text=texts, images=pixels, return_tensors="pt", padding=True)
+        return (self.model(**batch).logits_per_image.argmax(1) == 0).tolist()

@@ -1,0 +1,162 @@
+"""What white-box attacks differentiate: token embeddings to text states through the eraser, and the denoising loss.
+
+Written for pipelines with one text encoder whose states condition a U-Net (`StableDiffusionPipeline` and its kind).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from itd import pipelines
+from itd.attacks.base import Criterion, Goal, System
+from itd.attacks.differentiable import erase_activations, gate_margin
+from itd.eraser import Eraser
+from itd.hooks import edit_output
+
+ENCODER = "text_encoder"
+REFERENCES = 8
+"""Pictures of the concept by the unerased pipeline that a white-box attack may learn from."""
+
+
+class Encoded(NamedTuple):
+    """Text states, pooled embedding, and by how much the gate's threshold is passed (None without an eraser)."""
+
+    states: Float[Tensor, "batch tokens d"]
+    pooled: Float[Tensor, "batch d"]
+    margins: Float[Tensor, " batch"] | None
+
+
+def require_single_encoder(pipe: Any) -> None:
+    """Raise ValueError for a pipeline whose image model a white-box attack cannot call."""
+    if getattr(pipe, "text_encoder_2", None) is not None or not isinstance(getattr(pipe, "unet", None), nn.Module):
+        raise ValueError(
+            f"white-box attacks need one text encoder and a unet, {type(pipe).__name__} has others; use a black-box one"
+        )
+
+
+def token_embedding(pipe: Any) -> nn.Embedding:
+    """Return the text encoder's table of token embeddings."""
+    encoder: Any = pipelines.encoder_of(pipe, ENCODER)
+    return encoder.get_input_embeddings()
+
+
+def frame(pipe: Any, ids: Int[Tensor, "batch n"]) -> Int[Tensor, "batch tokens"]:
+    """Put begin, end and padding around content tokens, as the pipeline's tokenizer does.
+
+    Raises:
+        ValueError: more tokens than fit.
+    """
+    tokenizer = pipelines.tokenizer_of(pipe, ENCODER)
+    room = tokenizer.model_max_length - 2
+    if ids.shape[1] > room:
+        raise ValueError(f"{ids.shape[1]} tokens do not fit into the {room} of the text encoder; use fewer")
+    framed = torch.full((len(ids), tokenizer.model_max_length), tokenizer.pad_token_id)
+    framed[:, 0] = tokenizer.bos_token_id
+    framed[:, 1 : 1 + ids.shape[1]] = ids
+    framed[:, 1 + ids.shape[1]] = tokenizer.eos_token_id
+    return framed
+
+
+def encode(
+    pipe: Any,
+    input_ids: Int[Tensor, "batch tokens"],
+    embeddings: Float[Tensor, "batch tokens d"] | None = None,
+    eraser: Eraser | None = None,
+) -> Encoded:
+    """Run the text encoder on token ids, or on embeddings in their place, through an eraser if there is one.
+
+    Differentiable in `embeddings`. What the eraser does is computed by `itd.attacks.differentiable`, not by an attached one,
+    which has no gradient.
+    """
+    encoder: Any = pipelines.encoder_of(pipe, ENCODER)
+    device = next(encoder.parameters()).device
+    tokenizer = pipelines.tokenizer_of(pipe, ENCODER)
+    content, editable = (mask(input_ids, tokenizer).to(device) for mask in (pipelines.content_mask, pipelines.edit_mask))
+    margins: list[Tensor] = []
+
+    def erase(hidden: Float[Tensor, "batch tokens d"]) -> Tensor:
+        assert eraser is not None
+        margins.extend(gate_margin(eraser, x[mask]) for x, mask in zip(hidden, content, strict=True))
+        return erase_activations(eraser, hidden, content, editable)
+
+    hooks = [] if embeddings is None else [edit_output(token_embedding(pipe), lambda _: embeddings)]
+    hooks += [] if eraser is None else [edit_output(eraser.hook_point.resolve(pipe), erase)]
+    try:
+        output = encoder(input_ids.to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Encoded(output.last_hidden_state, output.pooler_output, torch.stack(margins) if margins else None)
+
+
+def encode_texts(pipe: Any, texts: Sequence[str]) -> Encoded:
+    """Encode prompts as the unerased pipeline does."""
+    with torch.no_grad():
+        return encode(pipe, pipelines.tokenize(pipe, ENCODER, texts).input_ids)
+
+
+# Denoising
+
+
+def noised(
+    pipe: Any, x0: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"], t: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+    """Return x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, and what the image model is trained to say of it.
+
+    a_t is the scheduler's cumulative product of alphas.
+
+    Raises:
+        ValueError: the scheduler has another kind of prediction.
+    """
+    alphas = pipe.scheduler.alphas_cumprod.to(x0)[t][:, None, None, None]
+    kind = pipe.scheduler.config.prediction_type
+    x_t = alphas.sqrt() * x0 + (1 - alphas).sqrt() * noise
+    if kind == "epsilon":
+        return x_t, noise
+    if kind == "v_prediction":
+        return x_t, alphas.sqrt() * noise - (1 - alphas).sqrt() * x0
+    if kind == "sample":
+        return x_t, x0
+    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, the scheduler has {kind!r}")
+
+
+def predict(pipe: Any, x_t: Float[Tensor, "n c h w"], t: Int[Tensor, " n"], states: Float[Tensor, "b tokens d"]) -> Tensor:
+    """Return the image model's prediction; one row of text states serves all pictures."""
+    states = states.expand(len(x_t), -1, -1) if len(states) == 1 else states
+    return pipe.unet(x_t, t.to(x_t.device), encoder_hidden_states=states).sample
+
+
+def draw_timesteps(pipe: Any, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
+    return torch.randint(pipe.scheduler.config.num_train_timesteps, (n,), generator=generator)
+
+
+@torch.no_grad()
+def reference_latents(system: System, goal: Goal, criterion: Criterion, n: int = REFERENCES) -> Float[Tensor, "m c h w"]:
+    """Return image latents of the concept, drawn by the unerased pipeline: what the attacker knows of it.
+
+    Of n pictures those that meet the criterion; all of them if none does.
+    """
+    drawn = system.without_eraser().draw([goal.prompt] * n, range(goal.seed + 10_000, goal.seed + 10_000 + n))
+    shown = torch.tensor(criterion(drawn.images))
+    images = drawn.images[shown] if shown.any() else drawn.images
+    parameter = next(system.pipe.vae.parameters())
+    encoded = system.pipe.vae.encode((2 * images - 1).to(parameter)).latent_dist.mean
+    return encoded * system.pipe.vae.config.scaling_factor
+
+
+@contextmanager
+def borrowed_row(pipe: Any, token: int, embedding: Float[Tensor, " d"]) -> Generator[None, None, None]:
+    """Give a token another embedding for a while: textual inversion without a new token. The old one comes back bit for bit."""
+    weight = token_embedding(pipe).weight
+    before = weight.data[token].clone()
+    weight.data[token] = embedding.detach().to(weight)
+    try:
+        yield
+    finally:
+        weight.data[token] = before
