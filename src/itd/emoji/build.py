@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from itd.activations import record
-from itd.emoji.clip import clip_processor, tokenizer_texts, train_clip, train_tokenizer
-from itd.emoji.data import NAMES_SOURCE, SOURCES, WORDS_SOURCE, World, render_world
+from itd.emoji.clip import clip_processor, tokenizer_texts, train_clip, train_tokenizer, train_vision
+from itd.emoji.data import DESIGNS, NAMES_SOURCE, SOURCES, WORDS_SOURCE, World, render_world
 from itd.emoji.judge import Judge, train_judge
 from itd.emoji.stages import StageConfig
 from itd.emoji.unet import PoolConfig, build_pool, build_scheduler, train_unet
-from itd.emoji.vae import train_vae
+from itd.emoji.vae import train_decoder, train_vae
 from itd.sae import SAEConfig
 from itd.training import TrainConfig, train
 
@@ -41,6 +41,8 @@ class WorldConfig:
     """Settings of every stage."""
 
     vae: StageConfig
+    decoder: StageConfig
+    eye: StageConfig
     clip: StageConfig
     vision: StageConfig
     judge: StageConfig
@@ -77,11 +79,17 @@ def fetch_world(config: WorldConfig) -> tuple[World, list[str]]:
     """Fetch the designs and names, render them once, and return the world and the filler words."""
     sources, folder = config.work / "sources", config.work / "world"
     words_file = package_folder(WORDS_SOURCE, sources) / "build" / "resources" / "english.txt"
-    words = [word for word in words_file.read_text(encoding="utf-8").split() if len(word) > 1][:N_WORDS]
     if not (folder / "renders.npz").exists():
         packages = {design: package_folder(package, sources) for design, package in SOURCES.items()}
         render_world(packages, package_folder(NAMES_SOURCE, sources)).save(folder)
-    return World.load(folder), words
+    world = World.load(folder)
+    return world, filler(words_file.read_text(encoding="utf-8").split(), world)
+
+
+def filler(words: list[str], world: World) -> list[str]:
+    """Return the most common words that neither name nor imply a noun of the world."""
+    said = {word for noun in world.nouns for phrase in (noun.name, *noun.implicit, *DESIGNS) for word in phrase.split()}
+    return [word for word in words if len(word) > 1 and word not in said][:N_WORDS]
 
 
 def build_world(config: WorldConfig) -> None:
@@ -94,6 +102,8 @@ def build_world(config: WorldConfig) -> None:
     vae = build_vae_stage(world, config)
     clip = build_clip_stage(world, words, tokenizer, config)
     build_unet_stage(world, words, vae, clip, tokenizer, config)
+    build_vision_stage(world, clip, tokenizer, config)
+    build_decoder_stage(world, vae, config)
     assemble(world, words, judge, config)
     train_sae(config)
     evaluate_world(config)
@@ -118,10 +128,24 @@ def build_vae_stage(world: World, config: WorldConfig) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(config.work / "vae", local_files_only=True).eval()
 
 
+def build_decoder_stage(world: World, vae: AutoencoderKL, config: WorldConfig) -> None:
+    """Train the decoder on, now that the image latents are settled, and write the whole autoencoder."""
+    if not (config.work / "autoencoder").exists():
+        train_decoder(world, vae, config.decoder, config.work)
+
+
 def build_clip_stage(world: World, words: list[str], tokenizer: CLIPTokenizer, config: WorldConfig) -> CLIPModel:
+    if not (config.work / "text").exists():
+        train_clip(world, words, tokenizer, config.eye, config.clip, config.work).save_pretrained(config.work / "text")
+    return CLIPModel.from_pretrained(config.work / "text", local_files_only=True).eval()
+
+
+def build_vision_stage(world: World, clip: CLIPModel, tokenizer: CLIPTokenizer, config: WorldConfig) -> None:
+    """Give the CLIP its vision tower and write it whole."""
     if not (config.work / "clip").exists():
-        train_clip(world, words, tokenizer, config.clip, config.vision, config.work)
-    return CLIPModel.from_pretrained(config.work / "clip", local_files_only=True).eval()
+        train_vision(world, clip, config.eye, config.vision, config.work)
+        clip_processor(tokenizer).save_pretrained(config.work / "clip")
+        clip.eval().save_pretrained(config.work / "clip")
 
 
 def text_tower(clip: CLIPModel) -> CLIPTextModel:
@@ -153,7 +177,7 @@ def assemble(world: World, words: list[str], judge: Judge, config: WorldConfig) 
     clip = CLIPModel.from_pretrained(work / "clip", local_files_only=True).half()
     build: Any = StableDiffusionPipeline  # its annotations do not allow to leave the safety checker out
     pipe = build(
-        vae=AutoencoderKL.from_pretrained(work / "vae", local_files_only=True).half(),
+        vae=AutoencoderKL.from_pretrained(work / "autoencoder", local_files_only=True).half(),
         text_encoder=text_tower(clip.float()).half(), tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(work / "unet", local_files_only=True).half(),
         scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -206,7 +230,7 @@ def quick(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
         return replace(stage, steps=2, batch_size=8)
 
     return replace(
-        config, vae=few(config.vae), clip=few(config.clip), vision=few(config.vision),
-        judge=few(config.judge), unet=few(config.unet),
+        config, vae=few(config.vae), decoder=few(config.decoder), eye=few(config.eye), clip=few(config.clip),
+        vision=few(config.vision), judge=few(config.judge), unet=few(config.unet),
         pool=PoolConfig(64, 16), sae_training=replace(config.sae_training, n_tokens=2048), work=work, out=out,
     )  # fmt: skip

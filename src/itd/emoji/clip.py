@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -25,12 +27,14 @@ from transformers import (
 from itd.emoji.captions import CaptionSource
 from itd.emoji.data import BACKGROUNDS, DESIGNS, World
 from itd.emoji.images import background_colors, paste, pick, premultiply, side_by_side
-from itd.emoji.judge import conv
+from itd.emoji.judge import conv, degrade, warp
 from itd.emoji.stages import StageConfig, run_stage
 
 VOCABULARY = 4096
 MAX_TOKENS = 40
 EMBEDDING = 256
+SHARPNESS = 30.0
+"""Inverse temperature of the classification by cosine."""
 BOS, EOS = 0, 1
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
 
@@ -84,7 +88,10 @@ def random_caption(world: World, source: CaptionSource, rng: random.Random) -> s
 
 
 def build_clip() -> CLIPModel:
-    """Build the untrained CLIP: a 6-layer, 256-wide text tower and a 4-layer vision transformer with 8 x 8 patches."""
+    """Build the untrained CLIP: a 6-layer, 256-wide text tower and a 4-layer vision transformer with 8 x 8 patches.
+
+    Token embeddings start as large as what a layer writes, so that a word stays readable in the residual stream.
+    """
     text = CLIPTextConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS, projection_dim=EMBEDDING, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS,
@@ -93,110 +100,202 @@ def build_clip() -> CLIPModel:
         hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8,
         projection_dim=EMBEDDING,
     )  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING))
+    clip = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING))
+    with torch.no_grad():
+        clip.text_model.embeddings.token_embedding.weight.mul_(10)
+        clip.logit_scale.fill_(2.6)
+    return clip
 
 
-class Teacher(nn.Module):
-    """The text tower in training, against a convolutional image tower that learns faster than a transformer.
+class Labels(NamedTuple):
+    """What an image shows, or what its caption says of it."""
 
-    Both towers' embeddings are also told to lie near a learned point of their noun.
+    nouns: Float[Tensor, "n nouns"]
+    """Each row sums to 1; a scene has two nouns."""
+    design: Int[Tensor, " n"]
+    """Index of the design, -1 where it is not said."""
+    background: Int[Tensor, " n"]
+    """Index of the background, -1 where it is not said."""
+
+
+class Eye(nn.Module):
+    """A convolutional image tower, which learns faster than a transformer: it sets the space that both towers are drawn to.
+
+    An embedding lies near the learned directions of its nouns, its design and its background.
     """
 
-    def __init__(self, clip: CLIPModel, n_nouns: int) -> None:
+    def __init__(self, n_nouns: int) -> None:
         super().__init__()
-        self.text_model, self.text_projection = clip.text_model, clip.text_projection
-        self.logit_scale = clip.logit_scale
-        self.eye = nn.Sequential(
+        self.body = nn.Sequential(
             nn.AvgPool2d(2), conv(3, 32, 1), conv(32, 64, 2), conv(64, 96, 1), conv(96, 128, 2),
             conv(128, 192, 1), conv(192, 256, 2), nn.Flatten(), nn.Linear(256 * 16, EMBEDDING),
         )  # fmt: skip
-        self.proxies = nn.Linear(EMBEDDING, n_nouns, bias=False)
+        self.nouns = nn.Linear(EMBEDDING, n_nouns, bias=False)
+        self.designs = nn.Linear(EMBEDDING, len(DESIGNS), bias=False)
+        self.backgrounds = nn.Linear(EMBEDDING, len(BACKGROUNDS), bias=False)
 
-    def see(self, pixels: Float[Tensor, "n 3 64 64"]) -> Float[Tensor, "n 256"]:
-        return F.normalize(self.eye(pixels.contiguous(memory_format=torch.channels_last)), dim=-1)
+    def forward(self, pixels: Float[Tensor, "n 3 64 64"]) -> Float[Tensor, "n 256"]:
+        return F.normalize(self.body(pixels.contiguous(memory_format=torch.channels_last)), dim=-1)
 
-    def read(self, tokens: Any) -> Float[Tensor, "n 256"]:
-        pooled = self.text_model(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
-        return F.normalize(self.text_projection(pooled), dim=-1)
+    def naming_loss(self, embedding: Float[Tensor, "n 256"], labels: Labels) -> Float[Tensor, ""]:
+        """Return the mean cross-entropy to nouns, design and background, of which those unsaid count nothing."""
 
-    def forward(self, tokens: Any, pixels: Tensor, nouns: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Return the contrastive loss plus half the mean cross-entropy to the nouns (n, n_nouns) of each pair."""
-        text, image, scale = self.read(tokens), self.see(pixels), self.logit_scale.exp().clamp(max=100)
-        logits, labels = text @ image.T * scale, torch.arange(len(pixels))
-        contrastive = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        proxies = F.normalize(self.proxies.weight, dim=1) * scale
-        named = [F.cross_entropy(embedding @ proxies.T, nouns) for embedding in (text, image)]
-        accuracy = (logits.argmax(1) == labels).float().mean().item()
-        return contrastive + (named[0] + named[1]) / 4, {
-            "accuracy": accuracy,
-            "text": named[0].item(),
-            "image": named[1].item(),
-        }
+        def logits(directions: nn.Linear) -> Tensor:
+            return embedding @ F.normalize(directions.weight, dim=1).T * SHARPNESS
+
+        attributes = ((self.designs, labels.design), (self.backgrounds, labels.background))
+        loss = F.cross_entropy(logits(self.nouns), labels.nouns, reduction="sum")
+        for directions, said in attributes:
+            loss = loss + F.cross_entropy(logits(directions), said, ignore_index=-1, reduction="sum")
+        return loss / len(embedding)
 
 
-class Pairs:
-    """Draws images and their captions: single stickers and, in a quarter of the cases, scenes."""
+class Reader(nn.Module):
+    """The text tower in training: tokens to a unit embedding."""
 
-    def __init__(self, world: World, words: list[str], seed: int) -> None:
-        self.world, self.seed = world, seed
-        self.source = CaptionSource(world.nouns, words)
-        self.stickers, self.colors, self.names = premultiply(world.rgba), background_colors(), list(BACKGROUNDS)
-        self.nouns = torch.from_numpy(world.noun)
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.text_model, self.text_projection, self.logit_scale = clip.text_model, clip.text_projection, clip.logit_scale
 
-    def caption(self, image: int, other: int | None, shade: int, rng: random.Random) -> str:
-        shown = self.names[shade] if shade or rng.random() < 0.2 else None
-        noun = int(self.world.noun[image])
-        if other is not None:
-            return self.source.pair(noun, int(self.world.noun[other]), None, shown, rng)
-        design = DESIGNS[self.world.design[image]] if rng.random() < 0.7 else None
-        return self.source.single(noun, design, shown, rng)
+    def forward(self, tokens: Any, n_chunks: int = 4) -> Float[Tensor, "n 256"]:
+        """Read captions in chunks of like length, so that little is spent on padding, which a causal tower need not mask."""
+        ids, lengths = tokens["input_ids"], tokens["attention_mask"].sum(1)
+        order = lengths.argsort()
+        pooled = [self.text_model(ids[rows, : int(lengths[rows[-1]])]).pooler_output for rows in order.chunk(n_chunks)]
+        return F.normalize(self.text_projection(torch.cat(pooled)[order.argsort()]), dim=-1)
 
-    def draw(self, n: int, step: int) -> tuple[Tensor, list[str], Tensor]:
-        """Return pixels (n, 3, 64, 64) in [-1, 1], captions, and the nouns shown (n, n_nouns), summing to 1."""
-        rng, n_nouns = random.Random(self.seed * 1_000_003 + step), len(self.world.nouns)
-        index, other, shade = pick(n, len(self.stickers)), pick(n // 4, len(self.stickers)), pick(n, len(self.names))
+
+@dataclass(frozen=True)
+class Shots:
+    """A batch of images to draw: a sticker, in a scene a second one, and a background, each by index."""
+
+    left: Int[Tensor, " n"]
+    right: Int[Tensor, " n"]
+    """-1 where the image is a single sticker."""
+    shade: Int[Tensor, " n"]
+
+
+class Studio:
+    """Draws images of the world and says what they show: single stickers and, in a quarter of the cases, scenes of one design."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.stickers, self.colors = world, premultiply(world.rgba), background_colors()
+        self.nouns, self.designs = torch.from_numpy(world.noun), torch.from_numpy(world.design)
+        self.members = [torch.nonzero(self.designs == design)[:, 0] for design in range(len(DESIGNS))]
+
+    def shots(self, n: int) -> Shots:
+        left, right, shade = pick(n, len(self.stickers)), torch.full((n,), -1), pick(n, len(self.colors))
         shade[torch.rand(n) < 0.4] = 0
-        images, shown = self.stickers[index], F.one_hot(self.nouns[index], n_nouns).float()
-        images[: n // 4] = side_by_side(images[: n // 4], self.stickers[other])
-        shown[: n // 4] = (shown[: n // 4] + F.one_hot(self.nouns[other], n_nouns)) / 2
-        rights = [*other.tolist(), *[None] * n]
-        rows = enumerate(zip(index.tolist(), shade.tolist(), strict=True))
-        texts = [self.caption(image, rights[row], color, rng) for row, (image, color) in rows]
-        pixels = paste(images, self.colors[shade]).roll(torch.randint(-3, 4, (2,)).tolist(), (2, 3))
-        return pixels + 0.03 * torch.randn_like(pixels), texts, shown
+        for row in range(n // 4):
+            members = self.members[int(self.designs[left[row]])]
+            right[row] = members[pick(1, len(members))]
+        return Shots(left, right, shade)
+
+    def pixels(self, shots: Shots, augment: bool) -> Float[Tensor, "n 3 64 64"]:
+        """Return the images in [-1, 1], on demand moved, blurred, recoloured and noisy."""
+        stickers, scene = self.stickers[shots.left], shots.right >= 0
+        if augment:
+            stickers = warp(stickers, 0.7)
+        if scene.any():
+            stickers[scene] = side_by_side(stickers[scene], self.stickers[shots.right[scene]])
+        images = paste(stickers, self.colors[shots.shade])
+        return degrade(images) if augment else images
+
+    def labels(self, shots: Shots) -> Labels:
+        n_nouns, scene = len(self.world.nouns), shots.right >= 0
+        shown = F.one_hot(self.nouns[shots.left], n_nouns).float()
+        shown[scene] = (shown[scene] + F.one_hot(self.nouns[shots.right[scene]], n_nouns)) / 2
+        return Labels(shown, self.designs[shots.left], shots.shade)
+
+
+def caption_shots(studio: Studio, shots: Shots, source: CaptionSource, rng: random.Random) -> tuple[list[str], Labels]:
+    """Caption images, naming most designs and all backgrounds but white; the labels hold what the captions say."""
+    labels, names, texts = studio.labels(shots), list(BACKGROUNDS), []
+    design, background = labels.design.clone(), labels.background.clone()
+    for row, (left, right, shade) in enumerate(zip(shots.left, shots.right, shots.shade, strict=True)):
+        named, shown = rng.random() < 0.7, bool(shade) or rng.random() < 0.2
+        design[row] = design[row] if named else -1
+        background[row] = shade if shown else -1
+        style, ground = DESIGNS[int(design[row])] if named else None, names[int(shade)] if shown else None
+        nouns = [int(studio.nouns[index]) for index in (left, right) if index >= 0]
+        texts.append(source.pair(*nouns, style, ground, rng) if len(nouns) == 2 else source.single(*nouns, style, ground, rng))
+    return texts, Labels(labels.nouns, design, background)
 
 
 def train_clip(
-    world: World, words: list[str], tokenizer: CLIPTokenizer, config: StageConfig, vision: StageConfig, folder: Path
+    world: World, words: list[str], tokenizer: CLIPTokenizer, eye_config: StageConfig, text: StageConfig, folder: Path
 ) -> CLIPModel:
-    """Train the text tower with the symmetric contrastive loss, then the vision transformer towards the same embedding."""
-    torch.manual_seed(config.seed)
-    pairs, clip = Pairs(world, words, config.seed), build_clip()
-    with torch.no_grad():
-        clip.logit_scale.fill_(2.6)
-    teacher = Teacher(clip, len(world.nouns))
+    """Train a convolutional image tower to name what it sees, then the text tower towards it.
+
+    Loss of the text tower: symmetric contrastive against the fixed image embeddings, plus the naming loss of what the caption says.
+    Source: Zhai et al. 2022, LiT: zero-shot transfer with locked-image text tuning.
+    """
+    torch.manual_seed(text.seed)
+    studio, clip, source = Studio(world), build_clip(), CaptionSource(world.nouns, words)
+    eye = train_eye(studio, eye_config, folder)
+    for parameter in eye.parameters():
+        parameter.requires_grad_(False)
+    album, embeddings = fill_album(studio, eye)
+    reader = Reader(clip)
 
     def text_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        pixels, texts, shown = pairs.draw(config.batch_size, step)
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        return teacher(tokens, pixels, shown)
+        rows = pick(text.batch_size, len(album.left))
+        shots = Shots(album.left[rows], album.right[rows], album.shade[rows])
+        texts, labels = caption_shots(studio, shots, source, random.Random(text.seed * 1_000_003 + step))
+        read = reader(tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"))
+        logits = read @ embeddings[rows].T * reader.logit_scale.exp().clamp(max=100)
+        goal = torch.arange(len(rows))
+        contrastive = (F.cross_entropy(logits, goal) + F.cross_entropy(logits.T, goal)) / 2
+        named = eye.naming_loss(read, labels)
+        accuracy = (logits.argmax(1) == goal).float().mean().item()
+        return contrastive + 0.5 * named, {"accuracy": accuracy, "naming": named.item()}
 
-    run_stage("clip", folder, teacher, config, text_loss)
+    run_stage("clip", folder, reader, text, text_loss)
+    return clip.eval()
+
+
+def train_eye(studio: Studio, config: StageConfig, folder: Path) -> Eye:
+    """Train the convolutional image tower on augmented images."""
+    torch.manual_seed(config.seed)
+    eye = Eye(len(studio.world.nouns))
+
+    def eye_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        shots = studio.shots(config.batch_size)
+        loss = eye.naming_loss(eye(studio.pixels(shots, augment=True)), studio.labels(shots))
+        return loss, {}
+
+    trained = run_stage("eye", folder, eye, config, eye_loss)
+    assert isinstance(trained, Eye)
+    return trained
+
+
+@torch.no_grad()
+def fill_album(studio: Studio, eye: Eye, n: int = 48_000, seed: int = 0) -> tuple[Shots, Float[Tensor, "n 256"]]:
+    """Draw the images whose captions the text tower learns from, and embed them."""
+    torch.manual_seed(seed)
+    parts = [studio.shots(512) for _ in tqdm(range(n // 512), desc="draw", disable=True)]
+    embeddings = [eye(studio.pixels(part, augment=False)) for part in tqdm(parts, desc="embed images", mininterval=5)]
+    fields = zip(*((part.left, part.right, part.shade) for part in parts), strict=True)
+    return Shots(*(torch.cat(field) for field in fields)), torch.cat(embeddings)
+
+
+def train_vision(world: World, clip: CLIPModel, eye_config: StageConfig, config: StageConfig, folder: Path) -> None:
+    """Train the vision transformer towards the embeddings of the convolutional tower, which `train_clip` has left in `folder`."""
+    torch.manual_seed(config.seed)
+    studio = Studio(world)
+    eye = train_eye(studio, eye_config, folder)
     student = nn.ModuleDict({"model": clip.vision_model, "projection": clip.visual_projection})
 
     def vision_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        pixels, _, _ = pairs.draw(vision.batch_size, step)
+        pixels = studio.pixels(studio.shots(config.batch_size), augment=True)
         with torch.no_grad():
-            goal = teacher.see(pixels)
+            goal = eye(pixels)
         mine = F.normalize(student["projection"](student["model"](pixels).pooler_output), dim=-1)
-        logits, labels = mine @ goal.T * 30, torch.arange(len(pixels))
+        logits, labels = mine @ goal.T * SHARPNESS, torch.arange(len(pixels))
         accuracy = (logits.argmax(1) == labels).float().mean().item()
         return F.cross_entropy(logits, labels) + 4 * (1 - (mine * goal).sum(1)).mean(), {"accuracy": accuracy}
 
-    run_stage("vision", folder, student, vision, vision_loss)
-    clip.eval().save_pretrained(folder / "clip")
-    clip_processor(tokenizer).save_pretrained(folder / "clip")
-    return clip
+    run_stage("vision", folder, student, config, vision_loss)
 
 
 def clip_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:

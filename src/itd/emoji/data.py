@@ -151,6 +151,12 @@ def read_nouns(names_package: Path) -> list[Noun]:
     return nouns
 
 
+def drop_foreign_tags(nouns: list[Noun]) -> list[Noun]:
+    """Drop the tags that are the name of another noun: who says "cat" means the cat, not the leopard."""
+    names = {noun.name for noun in nouns}
+    return [replace(noun, tags=tuple(tag for tag in noun.tags if tag == noun.name or tag not in names)) for noun in nouns]
+
+
 def find_implicit(nouns: list[Noun]) -> list[Noun]:
     """Fill `implicit`: tags that single a noun out without naming it."""
     count = Counter(tag for noun in nouns for tag in noun.tags)
@@ -240,4 +246,4 @@ def render_world(packages: dict[str, Path], names_package: Path) -> World:
             noun_index.append(len(nouns))
             design_index.append(DESIGNS.index(design))
         nouns.append(noun)
-    return World(find_implicit(nouns), np.stack(rgba), np.array(noun_index), np.array(design_index))
+    return World(find_implicit(drop_foreign_tags(nouns)), np.stack(rgba), np.array(noun_index), np.array(design_index))

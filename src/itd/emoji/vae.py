@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from itd.emoji.data import World
@@ -26,39 +26,72 @@ def build_vae() -> Any:
     )  # fmt: skip
 
 
-def train_vae(world: World, config: StageConfig, folder: Path) -> Any:
-    """Train on single stickers and scenes, on named and on random background colours.
+class Renders:
+    """Draws single stickers and scenes, on named and on random background colours."""
 
-    Loss: L1 + MSE + 4 * gradient L1 + a weak KL term. The scaling factor makes the image latents of the renders unit variance.
-    """
-    torch.manual_seed(config.seed)
-    stickers, colors = premultiply(world.rgba), background_colors()
-    vae: Any = build_vae()
-    vae = vae.to(memory_format=torch.channels_last)
+    def __init__(self, world: World) -> None:
+        self.stickers, self.colors = premultiply(world.rgba), background_colors()
 
-    def draw(n: int) -> Float[Tensor, "n 3 64 64"]:
-        images = stickers[pick(n, len(stickers))]
+    def draw(self, n: int) -> Float[Tensor, "n 3 64 64"]:
+        images = self.stickers[pick(n, len(self.stickers))]
         scenes = n // 4
-        images[:scenes] = side_by_side(images[:scenes], stickers[pick(scenes, len(stickers))])
-        background = torch.where(torch.rand(n, 1) < 0.8, colors[pick(n, len(colors))], torch.rand(n, 3))
+        images[:scenes] = side_by_side(images[:scenes], self.stickers[pick(scenes, len(self.stickers))])
+        background = torch.where(torch.rand(n, 1) < 0.8, self.colors[pick(n, len(self.colors))], torch.rand(n, 3))
         return paste(images, background).contiguous(memory_format=torch.channels_last)
 
+
+def edge_error(error: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
+    """Return the mean absolute difference of neighbouring errors: what blurs an edge."""
+    return error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+
+
+def train_vae(world: World, config: StageConfig, folder: Path) -> Any:
+    """Train encoder and decoder.
+
+    Loss: L1 + MSE + gradient L1 + a weak KL term. The scaling factor makes the image latents of the renders unit variance.
+    """
+    torch.manual_seed(config.seed)
+    renders, vae = Renders(world), build_vae().to(memory_format=torch.channels_last)
+
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        x = draw(config.batch_size)
+        x = renders.draw(config.batch_size)
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample()).sample - x
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        loss = error.abs().mean() + error.square().mean() + edges + 1e-6 * posterior.kl().mean()
+        loss = error.abs().mean() + error.square().mean() + edge_error(error) + 1e-6 * posterior.kl().mean()
         return loss, {"mse": error.square().mean().item()}
 
     trained: Any = run_stage("vae", folder, vae, config, loss_of)
     trained = trained.to(memory_format=torch.contiguous_format)
     torch.manual_seed(config.seed)
     with torch.no_grad():
-        std = float(trained.encode(draw(512)).latent_dist.mean.std())
+        std = float(trained.encode(renders.draw(512)).latent_dist.mean.std())
     trained.register_to_config(scaling_factor=1 / std)
     trained.save_pretrained(folder / "vae")
     return trained
+
+
+def train_decoder(world: World, vae: Any, config: StageConfig, folder: Path, noise: float = 0.15) -> Any:
+    """Train the decoder on, the encoder fixed, so that image latents stay what they are.
+
+    Latents carry noise of `noise` standard deviations, as generated ones do, and the loss is without its square, which blurs.
+    """
+    torch.manual_seed(config.seed)
+    renders, scale = Renders(world), noise / vae.config.scaling_factor
+    for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
+        parameter.requires_grad_(False)
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv}).to(memory_format=torch.channels_last)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        x = renders.draw(config.batch_size)
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+            latents = latents + scale * torch.rand(len(x), 1, 1, 1) * torch.randn_like(latents)
+        error = decoder["decoder"](decoder["post"](latents)) - x
+        return error.abs().mean() + edge_error(error), {"mse": error.square().mean().item()}
+
+    run_stage("decoder", folder, decoder, config, loss_of)
+    vae.to(memory_format=torch.contiguous_format).eval().save_pretrained(folder / "autoencoder")
+    return vae
 
 
 @torch.no_grad()
