@@ -22,6 +22,8 @@ figure.fired{border-color:#c0392b}figure .pair{display:flex;gap:.4rem}figure img
 figcaption{font-size:.82rem;margin-top:.35rem}.tag{font-size:.75rem;border-radius:3px;padding:0 .35rem}
 .tag.fired{background:#c0392b;color:#fff}.tag.same{background:#e3f3e6;color:#1c6b2c}.said{color:#666;font-size:.76rem}
 .token{border-radius:3px;padding:0 .1rem}code{background:#eef;padding:0 .25rem;border-radius:3px}
+.plots{display:flex;flex-wrap:wrap;gap:.8rem}svg.plot{width:460px;max-width:100%;background:#fff;border:1px solid #dde;border-radius:6px}
+svg.plot text{font-size:11px}svg.plot .title{font-size:13px;font-weight:600;fill:#1d2430}svg.plot .tick{stroke:#e6e8ee}
 """
 
 

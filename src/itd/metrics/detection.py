@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,7 @@ def roc(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Roc:
     if scores.isnan().any():
         raise ValueError("scores contain NaN; they cannot be ranked")
     thresholds = scores.unique().flip(0)
-    rates = [reached(side, thresholds) for side in (positives, negatives)]
-    return Roc(thresholds, *rates, auroc(positives, negatives))
+    return Roc(thresholds, reached(positives, thresholds), reached(negatives, thresholds), auroc(positives, negatives))
 
 
 def reached(scores: Float[Tensor, " n"], thresholds: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
@@ -104,4 +104,4 @@ def rank_bins(distances: Mapping[str, float], n_bins: int = 5) -> list[list[str]
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")
     names = sorted(distances, key=lambda name: (distances[name], name))
     bounds = [round(i * len(names) / n_bins) for i in range(n_bins + 1)]
-    return [names[low:high] for low, high in zip(bounds, bounds[1:], strict=False) if high > low]
+    return [names[low:high] for low, high in pairwise(bounds) if high > low]

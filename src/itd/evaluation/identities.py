@@ -1,0 +1,221 @@
+"""Erase identities and keep others: accuracy on both, and what happens to the nearest neighbours."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from itd.eraser import Eraser
+from itd.erasing import EraseConfig
+from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.show import pair_figures, spread
+from itd.evaluation.world import (
+    LEAKS,
+    Case,
+    Drawn,
+    Leak,
+    Made,
+    Sets,
+    Sight,
+    World,
+    leak_free_sets,
+    leaky_sets,
+    require_no_leak,
+    sample,
+    unsure_below,
+)  # fmt: skip
+from itd.metrics.detection import harmonic_mean, rank_bins
+from itd.metrics.intervals import Rate, clustered_rate, rate
+from itd.plots import Line, line_plot
+from itd.prompts import PromptSet, fill
+from itd.templates import TEMPLATES
+
+LEAD = (
+    "Identities are erased together; others are kept. Accuracy is how often the judge names the noun that was asked for. "
+    "Leak-free: no evaluated template, and nothing about a kept identity, was seen when features and threshold were chosen. "
+    "Leaky, as in the published protocol: the evaluated prompts were among them. Intervals hold 95 % over concepts."
+)
+
+
+@dataclass(frozen=True)
+class Identities:
+    """Erase `sizes[i]` identities, keep as many."""
+
+    name: ClassVar[str] = "identities"
+
+    sizes: tuple[int, ...] = (50, 100)
+    """How many are erased, and how many kept, run by run."""
+    n_templates: int = 5
+    """Held-out templates per concept."""
+    n_seeds: int = 5
+    """Pictures per concept and template, without leaks."""
+    leaky_seeds: int = 1
+    """Pictures per concept and template of the leaky protocol; 0 leaves it out."""
+    seed: int = 0
+    """Of the choice of concepts and templates, and of the pictures."""
+    erase: EraseConfig = field(default_factory=EraseConfig)
+    """How the erasers are made."""
+
+    def quick(self) -> Identities:
+        """Return the subsample: 10 and 10, 2 templates, 1 seed."""
+        return Identities((10,), 2, 1, 1, self.seed, self.erase)
+
+    def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
+        """Run in the embedded world, on its own erasers or on the one given."""
+        world = World(out, self.name, asdict(self), pipe)
+        measures, sections = Measures(), []
+        for size in self.sizes:
+            erased, kept = choose(world, size, self.seed)
+            cases = {name: self.cases_of(name, self.n_seeds) for name in (*erased, *kept)}
+            for leak in LEAKS if self.leaky_seeds and eraser is None else LEAKS[:1]:
+                n_seeds = self.n_seeds if leak == "leak_free" else self.leaky_seeds
+                part = {name: [case for case in rows if case.seed % 100 < n_seeds] for name, rows in cases.items()}
+                made = Made(eraser, 0.0, 0) if eraser else self.make(world, leak, erased, kept, cases)
+                result = measure(world, made, f"{self.name} {leak} {size}", erased, kept, part)
+                measures.add_all(f"erase{size}.{leak}", result.measures)
+                sections.append(section(world, f"{size} erased, {leak.replace('_', '-')}", result, made.eraser))
+        record = {**world.record, "settings": asdict(self), "n_erased": list(self.sizes)}
+        return Report(self.name, "Identities", LEAD, measures.values, measures.intervals, record, tuple(sections))
+
+    def cases_of(self, name: str, n_seeds: int) -> list[Case]:
+        """Return the pictures of one concept: the same whatever else is erased, so that they are drawn once."""
+        templates = sample(random.Random(f"{self.seed} {name}"), TEMPLATES["test"], self.n_templates)
+        first = 100 * (1 + self.seed)
+        return [Case(fill(t, name), first + s, name) for t in templates for s in range(n_seeds)]
+
+    def make(
+        self, world: World, leak: Leak, erased: Sequence[str], kept: Sequence[str], cases: Mapping[str, Sequence[Case]]
+    ) -> Made:
+        """Make the eraser of a run, without or with leaks."""
+        sides = [test_prompts(TEMPLATES["test"], names) for names in (erased, kept)]
+        if leak == "leak_free":
+            sets = leak_free_sets(erased, kept)
+            require_no_leak(sets, *sides)
+        else:
+            sets = leaky_sets(erased, *sides)
+        return world.eraser(f"{self.name} {leak} {len(erased)}", sets, self.erase)
+
+
+def test_prompts(templates: Sequence[str], names: Sequence[str]) -> PromptSet:
+    return PromptSet.from_names(names, templates, "test")
+
+
+def choose(world: World, size: int, seed: int) -> tuple[list[str], list[str]]:
+    """Return the erased and the kept: identities that are recognised when nothing is erased; where they end, other nouns.
+
+    Raises:
+        ValueError: the world has fewer.
+    """
+    identities = world.of_role("identity")
+    names = world.best_drawn(identities, min(2 * size, len(identities)))
+    random.Random(seed).shuffle(names)
+    missing = 2 * size - len(names)
+    if missing > 0:
+        names = names[:size] + names[size:] + world.best_drawn(world.of_role("general"), missing)
+    return names[:size], names[size:]
+
+
+class Outcome(NamedTuple):
+    """Numbers, tables and pictures of one run."""
+
+    measures: dict[str, Rate | float]
+    damage: list[dict[str, Any]]
+    before: Drawn
+    after: Drawn
+    erased: list[int]
+    kept: list[int]
+
+
+def measure(
+    world: World, made: Made, key: str, erased: Sequence[str], kept: Sequence[str], cases: Mapping[str, Sequence[Case]]
+) -> Outcome:
+    """Draw without and with the eraser, and compare."""
+    listed = [case for name in (*erased, *kept) for case in cases[name]]
+    before, after = world.draw("unerased", listed), world.draw(key, listed, made.eraser)
+    seen = world.see(before), world.see(after)
+    gone, stay = before.rows(erased), before.rows(kept)
+    measures = accuracies(seen, before, after, gone, stay)
+    measures |= {"seconds_to_erase": made.seconds, "eraser_bytes": float(made.n_bytes)}
+    damage = distance_damage(world, seen, before, after, erased, kept)
+    return Outcome(measures, damage, before, after, gone, stay)
+
+
+def by_concept(flags: Sequence[bool], drawn: Drawn, rows: Sequence[int]) -> Rate:
+    """Return the share of true flags, with an interval over concepts."""
+    groups: dict[str, list[bool]] = {}
+    for i in rows:
+        groups.setdefault(drawn.cases[i].noun, []).append(flags[i])
+    return clustered_rate(list(groups.values()))
+
+
+def accuracies(
+    seen: tuple[Sight, Sight], before: Drawn, after: Drawn, gone: Sequence[int], stay: Sequence[int]
+) -> dict[str, Rate | float]:
+    """Return accuracy on erased and kept before and after, their harmonic mean, no-object rates, and what the gate did."""
+    named = [[said == case.noun for said, case in zip(sight.nouns, before.cases, strict=True)] for sight in seen]
+    limit = unsure_below(seen[0], before.cases)
+    empty = [
+        [c < limit and not right for c, right in zip(sight.confidence.tolist(), flags, strict=True)]
+        for sight, flags in zip(seen, named, strict=True)
+    ]
+    same, fired = before.same_as(after), list(after.fired)
+    passed = [i for i in range(len(fired)) if not fired[i]]
+    rates: dict[str, Rate | float] = {
+        "acc_erased": by_concept(named[1], before, gone), "acc_erased_unerased": by_concept(named[0], before, gone),
+        "acc_kept": by_concept(named[1], before, stay), "acc_kept_unerased": by_concept(named[0], before, stay),
+        "no_object_erased": by_concept(empty[1], before, gone), "no_object_erased_unerased": by_concept(empty[0], before, gone),
+        "no_object_kept": by_concept(empty[1], before, stay),
+        "gate_recall": by_concept(fired, before, gone), "gate_fpr_kept": by_concept(fired, before, stay),
+        "bit_identical_kept": by_concept(same, before, stay), "bit_identical_passed": rate(same[i] for i in passed),
+    }  # fmt: skip
+    return rates | harmonic_means(rates) | {"unsure_below": limit, "n_pictures": float(2 * len(fired))}
+
+
+def harmonic_means(rates: Mapping[str, Rate | float]) -> dict[str, Rate | float]:
+    """Return the mean of what was removed and what was kept: of shares, and relative to what the unerased model draws."""
+
+    def value(name: str) -> float:
+        found = rates[name]
+        return found.value if isinstance(found, Rate) else found
+
+    removed, kept, before = 1 - value("acc_erased"), value("acc_kept"), value("acc_kept_unerased")
+    relative = min(kept / before, 1.0) if before else 0.0
+    return {"harmonic_mean": harmonic_mean(removed, kept), "harmonic_mean_relative": harmonic_mean(removed, relative)}
+
+
+def distance_damage(
+    world: World, seen: tuple[Sight, Sight], before: Drawn, after: Drawn, erased: Sequence[str], kept: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return, for the kept concepts in five bins by distance to the nearest erased one: accuracies and false positives."""
+    distances, rows = world.distances(kept, erased), []
+    for number, names in enumerate(rank_bins(distances), 1):
+        here = before.rows(names)
+        named = [[s.nouns[i] == before.cases[i].noun for i in here] for s in seen]
+        rows.append({
+            "fifth": number, "distance": sum(distances[name] for name in names) / len(names), "concepts": len(names),
+            "nearest": ", ".join(names[:3]), "unerased": rate(named[0]), "erased": rate(named[1]),
+            "gate fires": rate(after.fired[i] for i in here),
+        })  # fmt: skip
+    return rows
+
+
+def section(world: World, title: str, result: Outcome, eraser: Eraser) -> Section:
+    """Return tables, the damage by distance, and pictures of erased, nearest and other kept concepts."""
+    points = [[(row["distance"], row[side].value) for row in result.damage] for side in ("unerased", "erased")]
+    bands = [[(row[side].low, row[side].high) for row in result.damage] for side in ("unerased", "erased")]
+    lines = [Line(name, p, b) for name, p, b in zip(("unerased", "erased"), points, bands, strict=True)]
+    plot = line_plot(lines, "Kept concepts", "distance to the nearest erased", "accuracy", y_range=(0, 1))
+    rows = spread(result.erased, 12) + spread(result.kept, 12)
+    figures = pair_figures(world, result.before, result.after, eraser, rows)
+    table = [{"measure": name, "value": value} for name, value in result.measures.items()]
+    return Section(title, "", (table, result.damage), (plot,), figures)
+
+
+def sets_of(world: World, erased: Sequence[str], kept: Sequence[str]) -> Sets:
+    """Return leak-free sets, after checking that they are."""
+    sets = leak_free_sets(erased, kept)
+    require_no_leak(sets, *(test_prompts(TEMPLATES["test"], names) for names in (erased, kept)))
+    return sets

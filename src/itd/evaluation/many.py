@@ -1,0 +1,140 @@
+"""How everything grows with the number of erased concepts: accuracy, gate, time, size."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from itd.eraser import Eraser
+from itd.erasing import EraseConfig
+from itd.evaluation.identities import measure, sets_of
+from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.show import pair_figures, spread
+from itd.evaluation.world import Case, Made, World, sample
+from itd.metrics.intervals import Rate, rate
+from itd.plots import Line, line_plot
+from itd.prompts import fill
+from itd.templates import TEMPLATES
+
+LEAD = (
+    "The erased concepts of each count contain those of the smaller ones. The kept ones are the same at every count, and "
+    "nothing about them was seen. Where many are erased, a sample of them is drawn; the gate is measured on all of them."
+)
+SHOWN = ("acc_erased", "acc_kept", "harmonic_mean", "harmonic_mean_relative", "gate_recall_all", "gate_fpr_kept_all")
+COSTS = ("seconds_to_erase", "eraser_kb", "check_ms")
+
+
+@dataclass(frozen=True)
+class Many:
+    """Erase more and more concepts."""
+
+    name: ClassVar[str] = "many"
+
+    counts: tuple[int, ...] = (1, 5, 10, 50, 100, 200)
+    """Erased concepts, run by run."""
+    n_kept: int = 50
+    """Kept concepts."""
+    n_drawn: int = 50
+    """Erased concepts that are drawn."""
+    n_templates: int = 5
+    """Held-out sentences per concept."""
+    n_seeds: int = 1
+    """Pictures per sentence."""
+    n_checked: int = 200
+    """Prompts over which the time of the gate is taken."""
+    seed: int = 0
+    """Of concepts, sentences and pictures."""
+    erase: EraseConfig = field(default_factory=EraseConfig)
+    """How the erasers are made."""
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 1:
+            raise ValueError(f"counts must be at least 1, got {self.counts}")
+
+    def quick(self) -> Many:
+        """Return the subsample: 1, 10 and 50 concepts; 10 of them and 10 kept are drawn, in 2 sentences."""
+        return Many((1, 10, 50), 10, 10, 2, 1, 50, self.seed, self.erase)
+
+    def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
+        """Run in the embedded world.
+
+        Raises:
+            ValueError: an eraser is given, or the world has fewer concepts.
+        """
+        if eraser is not None:
+            raise ValueError("the protocol 'many' makes an eraser for every count; leave the eraser out")
+        world = World(out, self.name, asdict(self), pipe)
+        erased, kept = self.concepts(world)
+        measures, sections, rows = Measures(), [], []
+        for count in self.counts:
+            names, drawn = erased[:count], sample(random.Random(self.seed), erased[:count], self.n_drawn)
+            made = world.eraser(f"{self.name} {count}", sets_of(world, names, kept), self.erase)
+            cases = {name: self.cases_of(name) for name in (*drawn, *kept)}
+            result = measure(world, made, f"{self.name} {count}", drawn, kept, cases)
+            found = result.measures | self.gate(world, made, count, names, kept) | {"eraser_kb": made.n_bytes / 1024}
+            measures.add_all(f"n{count}", found)
+            rows.append({"erased": count, **{name: found[name] for name in (*SHOWN, *COSTS)}})
+            chosen = spread(result.erased, 6) + spread(result.kept, 6)
+            pictures = pair_figures(world, result.before, result.after, made.eraser, chosen)
+            sections.append(Section(f"{count} erased", figures=pictures))
+        head = Section("Against the count", tables=(rows,), plots=(*plots(rows),))
+        record = {**world.record, "settings": asdict(self), "erased": erased, "kept": kept}
+        return Report(self.name, "Many concepts", LEAD, measures.values, measures.intervals, record, (head, *sections))
+
+    def concepts(self, world: World) -> tuple[list[str], list[str]]:
+        """Return what is erased, in order, and what is kept: identities first, then other nouns, the best drawn of them.
+
+        Raises:
+            ValueError: the world has fewer.
+        """
+        most = max(self.counts)
+        identities = world.of_role("identity")
+        pool = world.best_drawn(identities, len(identities))
+        pool += world.best_drawn(world.of_role("general"), max(0, most + self.n_kept - len(pool)))
+        rng = random.Random(self.seed)
+        kept = sorted(rng.sample(pool[: most + self.n_kept], self.n_kept))
+        erased = [name for name in pool if name not in set(kept)][:most]
+        rng.shuffle(erased)
+        return erased, kept
+
+    def cases_of(self, name: str) -> list[Case]:
+        templates = sample(random.Random(f"{self.seed} {name}"), TEMPLATES["test"], self.n_templates)
+        return [Case(fill(t, name), 7000 + s, name) for t in templates for s in range(self.n_seeds)]
+
+    def gate(self, world: World, made: Made, count: int, erased: Sequence[str], kept: Sequence[str]) -> dict[str, Rate | float]:
+        """Return the gate's rates on every concept in every held-out sentence, and its time per prompt."""
+        probes = [[fill(t, name) for name in names for t in TEMPLATES["test"]] for names in (erased, kept)]
+        hits, misses = (
+            rate(world.fired(f"{self.name} {count} {side}", made.eraser, prompts))
+            for side, prompts in zip(("erased", "kept"), probes, strict=True)
+        )
+
+        def clock() -> float:
+            prompts = (probes[1] * (1 + self.n_checked // len(probes[1])))[: self.n_checked]
+            began = time.monotonic()
+            made.eraser.check(world.pipe, prompts)
+            return 1000 * (time.monotonic() - began) / len(prompts)
+
+        return {"gate_recall_all": hits, "gate_fpr_kept_all": misses, "check_ms": world.ledger.cell(f"time {count}", clock)}
+
+
+def plots(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return quality, and costs in units of their largest, against the count."""
+
+    def value(row: dict[str, Any], name: str) -> float:
+        return row[name].value if isinstance(row[name], Rate) else float(row[name])
+
+    def lines(names: Sequence[str], relative: bool) -> list[Line]:
+        top = {name: max(value(row, name) for row in rows) or 1.0 if relative else 1.0 for name in names}
+        named = {name: f"{name} (1 = {top[name]:.3g})" if relative else name for name in names}
+        return [Line(named[n], [(float(row["erased"]), value(row, n) / top[n]) for row in rows]) for n in names]
+
+    options: dict[str, Any] = {"x_log": True, "y_range": (0, 1)}
+    return [
+        line_plot(lines(SHOWN, False), "Quality", "erased concepts", "share", **options),
+        line_plot(lines(COSTS, True), "Cost", "erased concepts", "share of the largest", **options),
+    ]

@@ -1,0 +1,341 @@
+"""The embedded world as a laboratory: prompt sets without and with leaks, erasers, pictures, and what the judge sees."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from itd import emoji
+from itd.emoji.data import Noun
+from itd.eraser import Eraser
+from itd.erasing import EraseConfig, erase
+from itd.evaluation.ledger import Ledger
+from itd.gate import Decision
+from itd.metrics.alignment import clip_score, perceptual_distance
+from itd.prompts import PromptSet, Split, check_leaks
+from itd.sae import SAE
+
+if TYPE_CHECKING:
+    from itd.emoji.judge import Judge
+
+CHUNK = 25
+"""Pictures to a pipeline call. The same cut in every arm, as kernels may round differently for another batch size."""
+Leak = Literal["leak_free", "leaky"]
+LEAKS: tuple[Leak, ...] = ("leak_free", "leaky")
+UNSURE_QUANTILE = 0.05
+"""A picture shows no object where the judge is less sure than in this share of the unerased pictures that it names right."""
+
+
+class Case(NamedTuple):
+    """One picture to draw: prompt, seed, and what should be seen."""
+
+    prompt: str
+    seed: int
+    noun: str
+    design: str | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of some cases. `digests`: hash of the fp32 bits; `fired`: what the attached gate said, False without one."""
+
+    cases: tuple[Case, ...]
+    pixels: UInt8[Tensor, "n 3 h w"]
+    digests: tuple[bytes, ...]
+    fired: tuple[bool, ...]
+
+    @property
+    def images(self) -> Float[Tensor, "n 3 h w"]:
+        """The pictures as saved, in [-1, 1]."""
+        return self.pixels.float() / 127.5 - 1
+
+    def same_as(self, other: Drawn) -> list[bool]:
+        """Tell, per picture, whether both have the same bits."""
+        if self.cases != other.cases:
+            raise ValueError("only pictures of the same prompts and seeds are compared")
+        return [a == b for a, b in zip(self.digests, other.digests, strict=True)]
+
+    def rows(self, nouns: Iterable[str]) -> list[int]:
+        wanted = set(nouns)
+        return [i for i, case in enumerate(self.cases) if case.noun in wanted]
+
+
+class Sight(NamedTuple):
+    """What the judge sees in pictures: noun, design, and how sure it is of the noun."""
+
+    nouns: list[str]
+    designs: list[str]
+    confidence: Float[Tensor, " n"]
+    features: Float[Tensor, "n d"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """An eraser and what it took: seconds to select and calibrate, bytes on disk."""
+
+    eraser: Eraser
+    seconds: float
+    n_bytes: int
+
+
+class Sets(NamedTuple):
+    """What an eraser is made from."""
+
+    target: PromptSet
+    retain: PromptSet
+    neutral: PromptSet
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return one hash for all parameters and buffers of a network."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def pipeline_record(pipe: Any) -> dict[str, Any]:
+    """Return what pictures depend on: the weights' hash of every network, and the scheduler."""
+    parts: dict[str, Any] = getattr(pipe, "components", {})
+    networks = {name: weights_sha256(part) for name, part in sorted(parts.items()) if isinstance(part, nn.Module)}
+    scheduler = parts.get("scheduler")
+    named = None if scheduler is None else {"name": type(scheduler).__name__, **public(dict(scheduler.config))}
+    return {"pipeline": type(pipe).__name__, "weights_sha256": networks, "scheduler": named}
+
+
+def public(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and isinstance(value, int | float | str)}
+
+
+class World:
+    """Pipeline, judge and autoencoder of the embedded world, with a folder that keeps erasers and pictures."""
+
+    def __init__(self, out: Path, protocol: str, settings: dict[str, Any], pipe: Any = None, sae: SAE | None = None) -> None:
+        self.out = out
+        self.pipe: Any = emoji.load_pipeline() if pipe is None else pipe
+        self.sae = emoji.load_sae() if sae is None else sae
+        self.judge: Judge = emoji.load_judge()
+        self.nouns: dict[str, Noun] = {noun.name: noun for noun in emoji.nouns()}
+        self.record: dict[str, Any] = {
+            **pipeline_record(self.pipe), "sae_sha256": self.sae.sha256, "hook_point": str(emoji.HOOK_POINT),
+            "judge_sha256": weights_sha256(self.judge), "steps": emoji.STEPS, "guidance_scale": emoji.GUIDANCE_SCALE,
+        }  # fmt: skip
+        self.ledger = Ledger(out / "cells", {"protocol": protocol, "settings": settings, **self.record})
+        self.record["seconds"] = {}
+
+    @cached_property
+    def clip(self) -> tuple[Any, Any]:
+        return emoji.load_clip()
+
+    def of_role(self, *roles: str) -> list[str]:
+        return [name for name, noun in self.nouns.items() if noun.role in roles]
+
+    @cached_property
+    def recognised(self) -> dict[str, float]:
+        """How often the judge names each noun in unerased pictures, as the world's own card measured it."""
+        import json
+
+        return json.loads((emoji.model_folder() / "benchmark.json").read_text())["accuracy"]
+
+    def best_drawn(self, names: Iterable[str], n: int) -> list[str]:
+        """Return the n nouns that are recognised best in unerased pictures; ties by name.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        ranked = sorted(set(names), key=lambda name: (-self.recognised.get(name, 0.0), name))
+        if len(ranked) < n:
+            raise ValueError(f"the embedded world has {len(ranked)} such nouns, {n} are asked for")
+        return ranked[:n]
+
+    # Erasers
+
+    def eraser(self, key: str, sets: Sets, config: EraseConfig) -> Made:
+        """Make an eraser, or load the one that an earlier run made."""
+        folder = self.out / "erasers" / key.replace("/", "-").replace(" ", "-")
+
+        def make() -> dict[str, Any]:
+            began = time.monotonic()
+            erase(self.pipe, self.sae, emoji.HOOK_POINT, *sets, config).save(folder)
+            n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+            return {"seconds": time.monotonic() - began, "n_bytes": n_bytes}
+
+        found = self.ledger.cell(f"eraser {key}", make)
+        return Made(Eraser.load(folder, self.sae), found["seconds"], found["n_bytes"])
+
+    def fired(self, key: str, eraser: Eraser, prompts: Sequence[str]) -> list[bool]:
+        """Return the gate's decision on every prompt."""
+        return [score >= 0 for score in self.margins(key, eraser, prompts)]
+
+    def margins(self, key: str, eraser: Eraser, prompts: Sequence[str]) -> list[float]:
+        """Return score minus threshold of every prompt; at 0 and above the gate fires."""
+
+        def measure() -> list[float]:
+            checks = eraser.check(self.pipe, list(dict.fromkeys(prompts)))
+            by_prompt = {check.prompt: max(check.score, -1e9) - check.threshold for check in checks}
+            assert all((by_prompt[check.prompt] >= 0) == check.fired for check in checks)
+            return [by_prompt[prompt] for prompt in prompts]
+
+        found: list[float] = self.ledger.cell(f"gate {key}", measure)
+        if len(found) != len(prompts):
+            raise ValueError(f"the cell 'gate {key}' in {self.ledger.folder} is of other prompts; delete it")
+        return found
+
+    # Pictures
+
+    def draw(self, arm: str, cases: Sequence[Case], eraser: Eraser | None = None) -> Drawn:
+        """Draw cases, chunk by chunk, each kept on disk; with an eraser, attached to the pipeline."""
+        listed = list(cases)
+        chunks = [tuple(listed[start : start + CHUNK]) for start in range(0, len(listed), CHUNK)]
+        parts = []
+        for chunk in tqdm(chunks, desc=f"draw {arm}", unit="chunk", leave=False, disable=len(chunks) < 2):
+            name = hashlib.sha256(repr(chunk).encode()).hexdigest()[:16]
+            parts.append(self.ledger.tensors(f"pictures {arm} {name}", lambda chunk=chunk: self.draw_chunk(chunk, eraser)))
+        digests = torch.cat([part["digests"] for part in parts])
+        fired = torch.cat([part["fired"] for part in parts])
+        pixels = torch.cat([part["pixels"] for part in parts])
+        return Drawn(tuple(listed), pixels, tuple(map(bytes, digests.tolist())), tuple(map(bool, fired.tolist())))
+
+    def draw_chunk(self, cases: Sequence[Case], eraser: Eraser | None) -> dict[str, Tensor]:
+        """Draw a few cases in one call of the pipeline."""
+        from itd.emoji.generate import generate, to_uint8
+
+        prompts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
+        options: dict[str, Any] = {"steps": emoji.STEPS, "guidance_scale": emoji.GUIDANCE_SCALE, "batch_size": len(cases)}
+        if eraser is None:
+            images, decisions = generate(self.pipe, prompts, seeds, **options), []
+        else:
+            with eraser.attach(self.pipe) as attachment:
+                images = generate(self.pipe, prompts, seeds, **options)
+                decisions: list[Decision] = list(attachment.decisions)  # pyright: ignore[reportAttributeAccessIssue]
+            if len(decisions) != len(cases):
+                raise RuntimeError(f"the gate decided on {len(decisions)} prompts of {len(cases)}: a part was not gated")
+        fired = torch.tensor([decision.fired for decision in decisions] or [False] * len(cases))
+        digests = torch.stack([picture_digest(image) for image in images])
+        pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2).contiguous()
+        return {"pixels": pixels, "digests": digests, "fired": fired.to(torch.uint8)}
+
+    @torch.no_grad()
+    def see(self, drawn: Drawn) -> Sight:
+        """Let the judge look at pictures."""
+        verdicts = [self.judge(batch) for batch in drawn.images.split(256)]
+        nouns = torch.cat([verdict.noun for verdict in verdicts])
+        designs = torch.cat([verdict.design for verdict in verdicts])
+        confidence = nouns.softmax(1).amax(1)
+        named = [self.judge.nouns[i] for i in nouns.argmax(1).tolist()]
+        styled = [self.judge.designs[i] for i in designs.argmax(1).tolist()]
+        return Sight(named, styled, confidence, torch.cat([verdict.features for verdict in verdicts]))
+
+    @torch.no_grad()
+    def clip_features(self, drawn: Drawn) -> Float[Tensor, "n d"]:
+        """Return the image embeddings of the world's CLIP."""
+        model, _ = self.clip
+        pooled = torch.cat([model.vision_model(batch).pooler_output for batch in drawn.images.split(128)])
+        return model.visual_projection(pooled)
+
+    @torch.no_grad()
+    def clip_scores(self, drawn: Drawn) -> Float[Tensor, " n"]:
+        """Return the CLIP score of every picture with its prompt."""
+        model, processor = self.clip
+        prompts = [case.prompt for case in drawn.cases]
+        texts = []
+        for start in range(0, len(prompts), 128):
+            tokens = processor.tokenizer(prompts[start : start + 128], padding=True, truncation=True, return_tensors="pt")
+            texts.append(model.text_projection(model.text_model(**tokens).pooler_output))
+        return clip_score(self.clip_features(drawn), torch.cat(texts))
+
+    @torch.no_grad()
+    def perceptual(self, a: Drawn, b: Drawn) -> Float[Tensor, " n"]:
+        """Return the distance of two pictures of one prompt in the judge's feature maps."""
+        parts = zip(a.images.split(128), b.images.split(128), strict=True)
+        return torch.cat([perceptual_distance(self.maps(x), self.maps(y)) for x, y in parts])
+
+    def maps(self, images: Float[Tensor, "n 3 h w"]) -> list[Tensor]:
+        """Return the judge's feature maps after each of its blocks."""
+        found, x = [], images
+        for layer in self.judge.body:
+            x = layer(x)
+            found.append(x)
+        return found
+
+    @torch.no_grad()
+    def distances(self, names: Sequence[str], erased: Sequence[str]) -> dict[str, float]:
+        """Return, per name, 1 - cosine to the nearest erased name, in centred pooled text embeddings."""
+        every = [*names, *erased]
+        tokens = self.pipe.tokenizer(every, padding=True, return_tensors="pt")
+        pooled = self.pipe.text_encoder(tokens.input_ids).pooler_output
+        unit = F.normalize(pooled - pooled.mean(0), dim=1)
+        nearest = (unit[: len(names)] @ unit[len(names) :].T).amax(1)
+        return dict(zip(names, (1 - nearest).tolist(), strict=True))
+
+
+def picture_digest(image: Float[Tensor, "3 h w"]) -> UInt8[Tensor, " 16"]:
+    """Return what identifies a picture's bits."""
+    found = hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()
+    return torch.frombuffer(bytearray(found), dtype=torch.uint8)
+
+
+def unsure_below(sight: Sight, cases: Sequence[Case]) -> float:
+    """Return the confidence under which the judge is said to see no object, from unerased pictures that it names right."""
+    right = [c for c, said, case in zip(sight.confidence.tolist(), sight.nouns, cases, strict=True) if said == case.noun]
+    return float(torch.tensor(right).quantile(UNSURE_QUANTILE)) if right else 0.0
+
+
+# Prompt sets
+
+
+def leak_free_sets(names: Sequence[str], held_out: Iterable[str]) -> Sets:
+    """Return the sets to erase `names` from which everything about the held-out concepts is taken out.
+
+    Raises:
+        ValueError: see `itd.emoji.prompts.erase_sets`.
+    """
+    from itd.emoji.prompts import erase_sets
+
+    target, retain, neutral = erase_sets(names)
+    hidden = set(held_out)
+    kept = [part.filter(lambda prompt: prompt.concept not in hidden) for part in (retain, neutral)]
+    return Sets(target, *kept)
+
+
+def leaky_sets(names: Sequence[str], positives: PromptSet, negatives: PromptSet) -> Sets:
+    """Return the sets of the published protocol: the prompts that are evaluated are selected and calibrated on.
+
+    Half of the evaluated templates go to the features, half to the threshold; so both see the kept concepts too.
+    """
+    from itd.emoji.prompts import erase_sets
+
+    target, retain, neutral = erase_sets(names)
+    return Sets(target + deal(positives), retain + deal(negatives), neutral)
+
+
+def deal(prompts: PromptSet) -> PromptSet:
+    """Give the templates of prompts to fit and calibrate, in turn."""
+    order = {key: index for index, key in enumerate(dict.fromkeys(p.template or p.text for p in prompts))}
+    splits: tuple[Split, Split] = ("fit", "calibrate")
+    return PromptSet(tuple(replace(p, split=splits[order[p.template or p.text] % 2]) for p in prompts))
+
+
+def require_no_leak(sets: Sets, positives: PromptSet, negatives: PromptSet) -> None:
+    """Raise ValueError if what is evaluated was seen: a text or template of the target, also a concept of what is kept."""
+    check_leaks(sets.target, positives, concepts=False)
+    check_leaks(sets.target, negatives, concepts=False)
+    check_leaks(sets.retain + sets.neutral, positives, concepts=False)
+    check_leaks(sets.retain + sets.neutral, negatives)
+
+
+def sample(rng: random.Random, items: Sequence[str], n: int) -> list[str]:
+    """Draw n items without repetition, or all where there are fewer."""
+    return rng.sample(list(items), min(n, len(items)))
