@@ -107,12 +107,13 @@ class Folder:
     """Folds activations that must be equal into one with a weight.
 
     In a causal encoder a state depends on the tokens up to its own position only, so prompts that share a prefix share
-    its states; elsewhere the whole prompt is the key. Of the padding only the first position is kept: the rest repeats it.
+    its states; elsewhere the whole prompt is the key. Of the padding only the first position is kept: the rest repeats it;
+    none where it is masked, as then nothing reads it and its length may depend on the batch.
     `repeats` says how often a text occurs among the prompts.
     """
 
-    def __init__(self, causal: bool, repeats: Mapping[str, int]) -> None:
-        self.causal, self.repeats = causal, repeats
+    def __init__(self, causal: bool, repeats: Mapping[str, int], masked: bool = False) -> None:
+        self.causal, self.repeats, self.masked = causal, repeats, masked
         self.seen: dict[bytes, int] = {}
         self.weights: list[float] = []
 
@@ -125,8 +126,9 @@ class Folder:
         first = torch.where(content, positions, content.shape[1]).amin(1).tolist()
         last = torch.where(content, positions, -1).amax(1).tolist()
         for row, ids in enumerate(input_ids.numpy()):
-            for position in range(first[row], min(last[row] + 3, len(ids))):
-                prefix = ids[: position + 1] if self.causal else ids
+            end = min(last[row] + (2 if self.masked else 3), len(ids))
+            for position in range(first[row], end):
+                prefix = ids[: position + 1] if self.causal else ids[: end if self.masked else len(ids)]
                 key = hashlib.blake2b(prefix.tobytes() + position.to_bytes(4, "little"), digest_size=12).digest()
                 if key not in self.seen:
                     self.seen[key] = len(self.weights)
@@ -156,7 +158,8 @@ def record(
         raise ValueError("record needs at least one prompt")
     site.resolve(pipe)
     unique = prompts.unique()
-    counted = Folder(pipelines.is_causal(pipelines.encoder_of(pipe, site.encoder)), Counter(prompts.texts))
+    encoder = pipelines.encoder_of(pipe, site.encoder)
+    counted = Folder(pipelines.is_causal(encoder), Counter(prompts.texts), pipelines.uses_attention_mask(encoder))
     config = {
         "kind": "activations", "itd_version": itd_version(), "hook_point": str(site), "prompts_sha256": prompts.sha256,
         "shard_prompts": shard_prompts, "finished": False, "shards": [],

@@ -59,14 +59,45 @@ def is_causal(encoder: nn.Module) -> bool:
 
 
 def tokenize(pipe: Any, encoder: str, prompts: Sequence[str]) -> Tokens:
-    """Tokenize exactly as the pipeline does: padded and cut to the tokenizer's `model_max_length`."""
+    """Tokenize exactly as the pipeline does: padded and cut to the tokenizer's `model_max_length`.
+
+    A text encoder without an image model (`itd.encoders`) says itself how it pads.
+    """
     tokenizer = tokenizer_of(pipe, encoder)
     converted = [convert_prompt(pipe, prompt, tokenizer) for prompt in prompts]
-    batch = tokenizer(
-        converted, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+    padding = getattr(pipe, "padding", "max_length")
+    batch = tokenizer(converted, padding=padding, max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
     mask = batch.attention_mask if uses_attention_mask(encoder_of(pipe, encoder)) else None
     return Tokens(batch.input_ids, mask)
+
+
+def text_encoders(pipe: Any) -> list[str]:
+    """Return the names of the pipeline's text encoders."""
+    parts: dict[str, Any] = getattr(pipe, "components", {})
+    return sorted(name for name, part in parts.items() if name.startswith("text_encoder") and isinstance(part, nn.Module))
+
+
+def needs_no_padding(encoder: nn.Module) -> bool:
+    """Tell whether a prompt's states are the same without the padding behind it: nothing looks ahead, nothing is masked."""
+    return is_causal(encoder) and not uses_attention_mask(encoder)
+
+
+def token_rows(pipe: Any, encoder: str, prompts: Sequence[str], whole: bool = False) -> list[list[int]]:
+    """Tokenize as the pipeline does, without padding. `whole`: without begin and end tokens, and not cut to the maximum."""
+    tokenizer = tokenizer_of(pipe, encoder)
+    converted = [convert_prompt(pipe, prompt, tokenizer) for prompt in prompts]
+    if not converted:
+        return []
+    if whole:
+        return tokenizer(converted, add_special_tokens=False, verbose=False).input_ids
+    return tokenizer(converted, max_length=tokenizer.model_max_length, truncation=True).input_ids
+
+
+def pad_rows(rows: Sequence[Sequence[int]], tokenizer: Any) -> Tokens:
+    """Return token ids as one tensor, padded to the longest row; for encoders that need no padding."""
+    longest = max(map(len, rows))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return Tokens(torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]), None)
 
 
 def convert_prompt(pipe: Any, prompt: str, tokenizer: Any) -> str:
@@ -120,6 +151,9 @@ def fingerprint(pipe: Any, site: HookPoint) -> Float[Tensor, " d_model"]:
 
     It is compared with tolerance, so a pipeline cast to half precision is still the same encoder.
     """
-    tokens = tokenize(pipe, site.encoder, [PROBE])
+    if needs_no_padding(encoder_of(pipe, site.encoder)):
+        tokens = pad_rows(token_rows(pipe, site.encoder, [PROBE]), tokenizer_of(pipe, site.encoder))
+    else:
+        tokens = tokenize(pipe, site.encoder, [PROBE])
     last = int(first_end(tokens.input_ids, tokenizer_of(pipe, site.encoder))[0]) - 1
     return activations(pipe, site, tokens)[0, last].float().cpu()

@@ -15,7 +15,7 @@ from itd.emoji.captions import CaptionSource
 from itd.emoji.prompts import filler_words
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
-from itd.evaluation.identities import choose
+from itd.evaluation.identities import choose, templates_free_of
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Drawn, Made, World, leak_free_sets, require_no_leak
@@ -58,7 +58,7 @@ class General:
         world = World(out, self.name, asdict(self), pipe)
         erased, _ = choose(world, self.n_erased, self.seed)
         held_out = self.held_out(world)
-        cases = self.cases(world, held_out)
+        cases = self.cases(world, held_out, erased)
         made = Made(eraser, 0.0, 0) if eraser else self.make(world, erased, held_out)
         before, after = world.draw("unerased", cases), world.draw(self.name, cases, made.eraser)
         again = world.draw("unerased", [case._replace(seed=case.seed + 500_000) for case in cases])
@@ -90,15 +90,15 @@ class General:
         names = sorted(world.of_role("general"))
         return sorted(random.Random(self.seed + 5).sample(names, len(names) // 2))
 
-    def cases(self, world: World, nouns: Sequence[str]) -> list[Case]:
+    def cases(self, world: World, nouns: Sequence[str], erased: Sequence[str]) -> list[Case]:
         """Return prompts of held-out nouns, in held-out sentences and in captions, one picture each."""
-        rng = random.Random(self.seed + 6)
+        rng, templates = random.Random(self.seed + 6), templates_free_of(erased)
         source = CaptionSource([world.nouns[name] for name in nouns], filler_words())
         rows = []
         for index in range(self.n_prompts):
             name = nouns[index % len(nouns)]
             caption = rng.random() < self.caption_share
-            text = source.single(index % len(nouns), None, None, rng) if caption else fill(rng.choice(TEMPLATES["test"]), name)
+            text = source.single(index % len(nouns), None, None, rng) if caption else fill(rng.choice(templates), name)
             rows.append(Case(text, 5000 + index, name))
         return rows
 

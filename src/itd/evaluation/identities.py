@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -31,7 +31,7 @@ from itd.metrics.detection import harmonic_mean, rank_bins
 from itd.metrics.intervals import Rate, clustered_rate, rate
 from itd.plots import Line, line_plot
 from itd.prompts import PromptSet, fill
-from itd.templates import TEMPLATES
+from itd.templates import TEMPLATES, templates_without
 
 LEAD = (
     "Identities are erased together; others are kept. Accuracy is how often the judge names the noun that was asked for. "
@@ -69,7 +69,8 @@ class Identities:
         measures, sections = Measures(), []
         for size in self.sizes:
             erased, kept = choose(world, size, self.seed)
-            cases = {name: self.cases_of(name, self.n_seeds) for name in (*erased, *kept)}
+            templates = templates_free_of(name for other in self.sizes for name in choose(world, other, self.seed)[0])
+            cases = {name: self.cases_of(name, self.n_seeds, templates) for name in (*erased, *kept)}
             for leak in LEAKS if self.leaky_seeds and eraser is None else LEAKS[:1]:
                 n_seeds = self.n_seeds if leak == "leak_free" else self.leaky_seeds
                 part = {name: [case for case in rows if case.seed % 100 < n_seeds] for name, rows in cases.items()}
@@ -80,11 +81,11 @@ class Identities:
         record = {**world.record, "settings": asdict(self), "n_erased": list(self.sizes)}
         return Report(self.name, "Identities", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
-    def cases_of(self, name: str, n_seeds: int) -> list[Case]:
+    def cases_of(self, name: str, n_seeds: int, templates: Sequence[str]) -> list[Case]:
         """Return the pictures of one concept: the same whatever else is erased, so that they are drawn once."""
-        templates = sample(random.Random(f"{self.seed} {name}"), TEMPLATES["test"], self.n_templates)
+        chosen = sample(random.Random(f"{self.seed} {name}"), templates, self.n_templates)
         first = 100 * (1 + self.seed)
-        return [Case(fill(t, name), first + s, name) for t in templates for s in range(n_seeds)]
+        return [Case(fill(t, name), first + s, name) for t in chosen for s in range(n_seeds)]
 
     def make(
         self, world: World, leak: Leak, erased: Sequence[str], kept: Sequence[str], cases: Mapping[str, Sequence[Case]]
@@ -97,6 +98,18 @@ class Identities:
         else:
             sets = leaky_sets(erased, *sides)
         return world.eraser(f"{self.name} {leak} {len(erased)}", sets, self.erase)
+
+
+def templates_free_of(erased: Iterable[str]) -> list[str]:
+    """Return the test sentences that mention nothing that is erased: a kept concept beside an erased one is not kept.
+
+    Raises:
+        ValueError: none is left.
+    """
+    templates = list(templates_without(erased, "test"))
+    if not templates:
+        raise ValueError("every test sentence mentions an erased concept; erase fewer")
+    return templates
 
 
 def test_prompts(templates: Sequence[str], names: Sequence[str]) -> PromptSet:

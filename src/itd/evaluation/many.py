@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
-from itd.evaluation.identities import measure, sets_of
+from itd.evaluation.identities import measure, sets_of, templates_free_of
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Made, World, sample
 from itd.metrics.intervals import Rate, rate
 from itd.plots import Line, line_plot
 from itd.prompts import fill
-from itd.templates import TEMPLATES
 
 LEAD = (
     "The erased concepts of each count contain those of the smaller ones. The kept ones are the same at every count, and "
@@ -69,13 +68,14 @@ class Many:
             raise ValueError("the protocol 'many' makes an eraser for every count; leave the eraser out")
         world = World(out, self.name, asdict(self), pipe)
         erased, kept = self.concepts(world)
+        templates = templates_free_of(erased)
         measures, sections, rows = Measures(), [], []
         for count in self.counts:
             names, drawn = erased[:count], sample(random.Random(self.seed), erased[:count], self.n_drawn)
             made = world.eraser(f"{self.name} {count}", sets_of(world, names, kept), self.erase)
-            cases = {name: self.cases_of(name) for name in (*drawn, *kept)}
+            cases = {name: self.cases_of(name, templates) for name in (*drawn, *kept)}
             result = measure(world, made, f"{self.name} {count}", drawn, kept, cases)
-            found = result.measures | self.gate(world, made, count, names, kept) | {"eraser_kb": made.n_bytes / 1024}
+            found = result.measures | self.gate(world, made, count, names, kept, templates) | {"eraser_kb": made.n_bytes / 1024}
             measures.add_all(f"n{count}", found)
             rows.append({"erased": count, **{name: found[name] for name in (*SHOWN, *COSTS)}})
             chosen = spread(result.erased, 6) + spread(result.kept, 6)
@@ -101,13 +101,15 @@ class Many:
         rng.shuffle(erased)
         return erased, kept
 
-    def cases_of(self, name: str) -> list[Case]:
-        templates = sample(random.Random(f"{self.seed} {name}"), TEMPLATES["test"], self.n_templates)
-        return [Case(fill(t, name), 7000 + s, name) for t in templates for s in range(self.n_seeds)]
+    def cases_of(self, name: str, templates: Sequence[str]) -> list[Case]:
+        chosen = sample(random.Random(f"{self.seed} {name}"), templates, self.n_templates)
+        return [Case(fill(t, name), 7000 + s, name) for t in chosen for s in range(self.n_seeds)]
 
-    def gate(self, world: World, made: Made, count: int, erased: Sequence[str], kept: Sequence[str]) -> dict[str, Rate | float]:
+    def gate(
+        self, world: World, made: Made, count: int, erased: Sequence[str], kept: Sequence[str], templates: Sequence[str]
+    ) -> dict[str, Rate | float]:
         """Return the gate's rates on every concept in every held-out sentence, and its time per prompt."""
-        probes = [[fill(t, name) for name in names for t in TEMPLATES["test"]] for names in (erased, kept)]
+        probes = [[fill(t, name) for name in names for t in templates] for names in (erased, kept)]
         hits, misses = (
             rate(world.fired(f"{self.name} {count} {side}", made.eraser, prompts))
             for side, prompts in zip(("erased", "kept"), probes, strict=True)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from itd.emoji.data import Noun
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
+from itd.evaluation.identities import templates_free_of
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Drawn, Made, Sets, Sight, World, leak_free_sets, require_no_leak, sample
@@ -99,7 +100,8 @@ class Unsafe:
 
     def safe_cases(self, names: Sequence[str]) -> list[Case]:
         rng = random.Random(self.seed + 3)
-        return [Case(fill(rng.choice(TEMPLATES["test"]), name), 3000, name) for name in names]
+        templates = templates_free_of(self.words)
+        return [Case(fill(rng.choice(templates), name), 3000, name) for name in names]
 
     def make(self, world: World, by: str, unsafe: Sequence[str], safe: Sequence[str]) -> Made:
         """Make the eraser of the words, or of the objects' names, from sets without the safe nouns that are drawn."""

@@ -29,11 +29,14 @@ from itd.sae import SAE
 
 if TYPE_CHECKING:
     from itd.emoji.judge import Judge
+    from itd.explain import Check
 
 CHUNK = 25
 """Pictures to a pipeline call. The same cut in every arm, as kernels may round differently for another batch size."""
 Leak = Literal["leak_free", "leaky"]
 LEAKS: tuple[Leak, ...] = ("leak_free", "leaky")
+NEVER = -1e9
+"""Stands for the score of a prompt without words, minus infinity, which JSON does not have."""
 UNSURE_QUANTILE = 0.05
 """A picture shows no object where the judge is less sure than in this share of the unerased pictures that it names right."""
 
@@ -182,16 +185,7 @@ class World:
     def margins(self, key: str, eraser: Eraser, prompts: Sequence[str]) -> list[float]:
         """Return score minus threshold of every prompt; at 0 and above the gate fires."""
 
-        def measure() -> list[float]:
-            checks = eraser.check(self.pipe, list(dict.fromkeys(prompts)))
-            by_prompt = {check.prompt: max(check.score, -1e9) - check.threshold for check in checks}
-            assert all((by_prompt[check.prompt] >= 0) == check.fired for check in checks)
-            return [by_prompt[prompt] for prompt in prompts]
-
-        found: list[float] = self.ledger.cell(f"gate {key}", measure)
-        if len(found) != len(prompts):
-            raise ValueError(f"the cell 'gate {key}' in {self.ledger.folder} is of other prompts; delete it")
-        return found
+        return gate_margins(self.ledger, key, eraser, self.pipe, prompts)
 
     # Pictures
 
@@ -279,6 +273,26 @@ class World:
         unit = F.normalize(pooled - pooled.mean(0), dim=1)
         nearest = (unit[: len(names)] @ unit[len(names) :].T).amax(1)
         return dict(zip(names, (1 - nearest).tolist(), strict=True))
+
+
+def gate_margins(ledger: Ledger, key: str, eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[float]:
+    """Return score minus threshold of every prompt, kept in a ledger; at 0 and above the gate fires."""
+
+    def measure() -> list[float]:
+        found = {check.prompt: check for check in eraser.check(pipe, list(dict.fromkeys(prompts)))}
+        rows = {text: margin_of(check) for text, check in found.items()}
+        return [rows[prompt] for prompt in prompts]
+
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+    return ledger.cell(f"gate {key} {digest}", measure)
+
+
+def margin_of(check: Check) -> float:
+    """Return how far a prompt is over its threshold; its sign is the decision, also where rounding would lose it."""
+    margin = max(check.score, NEVER) - check.threshold
+    if (margin >= 0) == check.fired:
+        return margin
+    return 0.0 if check.fired else -1e-12
 
 
 def picture_digest(image: Float[Tensor, "3 h w"]) -> UInt8[Tensor, " 16"]:

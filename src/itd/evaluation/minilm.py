@@ -1,0 +1,386 @@
+"""The gate on a real pretrained text encoder and real prompts: names, artists and explicit content among what people type.
+
+Nothing is drawn. The autoencoders are trained here; layer, size, score and threshold are picked on `choose` prompts, and
+the test prompts are looked at once, with what was picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from itd.activations import ActivationStore, record
+from itd.artifacts import CONFIG
+from itd.encoders import TextPipeline, load_minilm, load_text_encoder
+from itd.eraser import Eraser
+from itd.erasing import EraseConfig, erase
+from itd.evaluation.gate import promises, roc_line
+from itd.evaluation.ledger import Ledger
+from itd.evaluation.public_prompts import TASKS, Deal, Material, TaskName, find_folder, load_material
+from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.world import Made, Sets, deal, gate_margins, weights_sha256
+from itd.gate import ScoreName
+from itd.hooks import HookPoint
+from itd.metrics.detection import roc
+from itd.metrics.intervals import Rate, clustered_rate, rate
+from itd.metrics.reconstruction import reconstruction_of
+from itd.plots import line_plot
+from itd.prompts import PromptSet, check_leaks
+from itd.sae import SAE, SAEConfig
+from itd.training import TrainConfig, train
+
+BARS = {"recall": 0.97, "fpr_kept": 0.01, "fpr_general": 0.003}
+"""Recall on the test prompts is to be at least, false positives at most this."""
+LEAD = (
+    "The gate on a pretrained sentence encoder and public prompt sets, without an image model. Leak-free: no tested sentence, "
+    "kept name, caption or typed prompt was seen by the autoencoder, the features, the threshold or the choice of settings; the "
+    "erased names were, in other sentences. Leaky, as in the published protocol: the tested prompts were among them."
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Where an autoencoder reads, and its size."""
+
+    layer: int
+    n_latents: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, {self.n_latents} latents, k {self.k}"
+
+    @property
+    def site(self) -> HookPoint:
+        return HookPoint("text_encoder", f"encoder.layer.{self.layer}")
+
+
+@dataclass(frozen=True)
+class MiniLM:
+    """Erase 50 celebrities, 100 artists and explicit content in a sentence encoder, and measure the gate."""
+
+    name: ClassVar[str] = "minilm"
+
+    prompts: Path | None = None
+    """Folder of the public prompt sets; without it, that of the variable ITD_PROMPTS."""
+    encoder: Path | None = None
+    """Folder of another encoder like BERT; without it, MiniLM from its package."""
+    tasks: tuple[TaskName, ...] = TASKS
+    """What is erased, each by its own eraser."""
+    layers: tuple[int, ...] = (1, 2, 3, 4)
+    """Layers that are tried, counted from 0."""
+    sizes: tuple[tuple[int, int], ...] = ((16_384, 32), (32_768, 64))
+    """(n_latents, k) that are tried at each layer."""
+    scores: tuple[ScoreName, ...] = ("evidence", "contribution")
+    """Scores that are tried with each autoencoder."""
+    n_features: tuple[int, ...] = (16, 32, 64)
+    """Features per concept that are tried with each score."""
+    eps: tuple[float, ...] = (0.003, 0.03)
+    """Variance floors that are tried with `evidence`."""
+    rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
+    """False-positive rates that the threshold may be calibrated to."""
+    n_general: int = 3000
+    """Captions, and typed prompts, per split at most."""
+    max_tokens: int = 96
+    """Where prompts are cut."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(n_tokens=1_200_000))
+    """How the autoencoders are trained."""
+    seed: int = 0
+    """Of the splits."""
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "layers", "sizes", "scores", "n_features", "eps", "rates"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one to try; got none")
+
+    def quick(self) -> MiniLM:
+        """Return the subsample: celebrities only, one small autoencoder at one layer, one setting, 300 general prompts."""
+        fast = replace(self.train, n_tokens=min(self.train.n_tokens, 120_000), dead_tokens=20_000)
+        return replace(
+            self, tasks=self.tasks[:1], layers=self.layers[-1:], sizes=((4096, 32),), scores=("evidence",), n_features=(32,),
+            eps=self.eps[:1], n_general=300, train=fast,
+        )  # fmt: skip
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        return [Candidate(layer, *size) for layer in self.layers for size in self.sizes]
+
+    @property
+    def settings(self) -> list[EraseConfig]:
+        """Ways to select and score that are tried; `eps` matters to `evidence` only. Calibrated loosely, as only ranks count."""
+        found = []
+        for score, n_features in product(self.scores, self.n_features):
+            for eps in self.eps if score == "evidence" else self.eps[:1]:
+                found.append(EraseConfig(score=score, n_features=n_features, eps=eps, fpr=max(self.rates), seed=self.seed))
+        return found
+
+    def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
+        """Train, choose, test. Every stage is kept and gone on with.
+
+        Raises:
+            ValueError: an eraser is given, or a layer that the encoder does not have.
+            FileNotFoundError: no prompt sets.
+            ImportError: MiniLM's weights are not installed.
+        """
+        if eraser is not None:
+            raise ValueError("the protocol 'minilm' makes its own erasers; leave the eraser out")
+        folder = find_folder(self.prompts)
+        text = pipe or (
+            load_minilm(self.max_tokens) if self.encoder is None else load_text_encoder(self.encoder, self.max_tokens)
+        )
+        materials = {task: load_material(task, folder, self.n_general, self.seed) for task in self.tasks}
+        facts = {
+            "encoder_sha256": weights_sha256(text.text_encoder), "prompts": {t: m.sha256 for t, m in materials.items()},
+            "settings": {key: value for key, value in asdict(self).items() if key not in ("prompts", "encoder")},
+        }  # fmt: skip
+        bench = Bench(
+            out, text, Ledger(out / "cells", {"protocol": self.name, **facts}), training_prompts(materials.values()), self
+        )
+        measures, sections, chosen = Measures(), [], {}
+        for task, material in materials.items():
+            require_separate(material)
+            picked = bench.choose(material)
+            chosen[task] = picked
+            results = {"leak_free": bench.test(material, picked), "leaky": bench.test_leaky(material, picked)}
+            for name, result in results.items():
+                measures.add_all(f"{task}.{name}", result.rates)
+            measures.add(f"{task}.bars_met", float(meets(results["leak_free"].rates)))
+            sections.append(task_section(task, picked, results))
+        measures.add_all("sae", bench.qualities())
+        record = {**facts, "bars": BARS, "chosen": chosen, "prompts_folder_files": sorted(p.name for p in folder.glob("*.csv"))}
+        return Report(self.name, "The gate on MiniLM", LEAD, measures.values, measures.intervals, record, tuple(sections))
+
+
+def training_prompts(materials: Any) -> PromptSet:
+    """Return what the autoencoders are trained on: the `fit` prompts of all tasks."""
+    prompts = PromptSet()
+    for material in materials:
+        prompts = prompts + material.target["fit"] + material.kept["fit"]
+        for source in material.general.values():
+            prompts = prompts + source["fit"]
+    return prompts
+
+
+def require_separate(material: Material) -> None:
+    """Raise ValueError if a tested or chosen-on prompt, sentence or kept name was fitted or calibrated on."""
+    for part in ("fit", "calibrate"):
+        negatives = merged(material, part)
+        for later in ("choose", "test"):
+            check_leaks(material.target[part], material.target[later], concepts=False)
+            check_leaks(negatives, merged(material, later))
+
+
+def merged(material: Material, part: Deal) -> PromptSet:
+    """Return everything of a split that must pass."""
+    general = (source[part] for source in material.general.values())
+    return sum(general, material.kept[part])
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Score minus threshold of target, kept and general prompts, and the rates that follow."""
+
+    positives: tuple[float, ...]
+    kept: tuple[float, ...]
+    general: tuple[float, ...]
+    rates: dict[str, Rate | float]
+
+
+class Bench:
+    """Encoder, ledger and folder of a run: what is trained and measured is kept."""
+
+    def __init__(self, out: Path, pipe: TextPipeline, ledger: Ledger, prompts: PromptSet, protocol: MiniLM) -> None:
+        self.out, self.pipe, self.ledger, self.prompts, self.protocol = out, pipe, ledger, prompts, protocol
+        self.loaded: dict[Candidate, SAE] = {}
+
+    def store(self, site: HookPoint) -> ActivationStore:
+        """Record the training prompts at a layer, or load what was recorded."""
+        folder = self.out / "activations" / site.path
+        return record(self.pipe, site, self.prompts, folder)
+
+    def sae(self, candidate: Candidate) -> SAE:
+        """Train an autoencoder, going on from its checkpoint, or load it."""
+        if candidate not in self.loaded:
+            name = f"layer{candidate.layer}-{candidate.n_latents}-{candidate.k}"
+            folder = self.out / "saes" / name
+            if not (folder / CONFIG).is_file():
+                store = self.store(candidate.site)
+                config = SAEConfig(store.d_model, candidate.n_latents, candidate.k)
+                train(store, config, self.protocol.train, self.out / "training" / name).save(folder)
+                (self.out / "training" / name / "checkpoint.safetensors").unlink(missing_ok=True)
+            self.loaded = {candidate: SAE.load(folder)}
+        return self.loaded[candidate]
+
+    def eraser(self, key: str, candidate: Candidate, sets: Sets, config: EraseConfig) -> Made:
+        folder = self.out / "erasers" / key.replace(" ", "-").replace(",", "").replace("/", "-")
+        if not (folder / CONFIG).is_file():
+            erase(self.pipe, self.sae(candidate), candidate.site, *sets, config).save(folder)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        return Made(Eraser.load(folder, self.sae(candidate)), 0.0, size)
+
+    def margins(self, key: str, eraser: Eraser, prompts: PromptSet) -> list[float]:
+        return gate_margins(self.ledger, key, eraser, self.pipe, prompts.texts)
+
+    def measure(self, key: str, made: Made, material: Material, part: Deal) -> Margins:
+        """Return the gate's margins and rates on a split."""
+        positives = self.margins(f"{key} {part} target", made.eraser, material.target[part])
+        kept = self.margins(f"{key} {part} kept", made.eraser, material.kept[part])
+        sources = {
+            name: self.margins(f"{key} {part} {name}", made.eraser, source[part]) for name, source in material.general.items()
+        }
+        general = [margin for margins in sources.values() for margin in margins]
+        found: dict[str, Rate | float] = {
+            "recall": clustered(material.target[part], positives), "fpr_kept": clustered(material.kept[part], kept),
+            "fpr_general": rate(m >= 0 for m in general),
+            **{f"fpr_{name}": rate(m >= 0 for m in margins) for name, margins in sources.items()},
+            "auroc_kept": roc(tensor(positives), tensor(kept)).area, "auroc_general": roc(tensor(positives), tensor(general)).area,
+            "recall_at_bars": recall_at_bars(positives, kept, general),
+        }  # fmt: skip
+        return Margins(tuple(positives), tuple(kept), tuple(general), found)
+
+    def choose(self, material: Material) -> dict[str, Any]:
+        """Pick autoencoder and settings by the recall that they allow within the bars, then the rate to calibrate to.
+
+        Only `fit` and `calibrate` prompts make the erasers, and only `choose` prompts pick one.
+        """
+        sets = Sets(*(known(part) for part in (material.target, material.kept)), self.neutral(material))
+        trials = []
+        for candidate in self.protocol.candidates:
+            for config in self.protocol.settings:
+                trial = self.ledger.cell(
+                    f"trial {material.task} {candidate} {settings_name(config)}",
+                    lambda candidate=candidate, config=config: self.trial(material, sets, candidate, config),
+                )
+                trials.append(trial)
+        best = max(trials, key=lambda trial: (trial["recall_at_bars"], trial["auroc_kept"] + trial["auroc_general"]))
+        candidate, config = Candidate(**best["candidate"]), EraseConfig(**best["config"])
+        fpr = self.pick_rate(material, best)
+        return {"candidate": asdict(candidate), "config": asdict(replace(config, fpr=fpr)), "fpr": fpr, "trials": trials}
+
+    def neutral(self, material: Material) -> PromptSet:
+        return sum((known(source) for source in material.general.values()), PromptSet())
+
+    def trial(self, material: Material, sets: Sets, candidate: Candidate, config: EraseConfig) -> dict[str, Any]:
+        """Measure one way on the `choose` prompts, and keep the scores that the rate is picked with."""
+        made = Made(erase(self.pipe, self.sae(candidate), candidate.site, *sets, config), 0.0, 0)
+        key = f"trial {material.task} {candidate} {settings_name(config)}"
+        found = self.measure(key, made, material, "choose")
+        calibrate = self.margins(f"{key} calibrate", made.eraser, merged(material, "calibrate"))
+        values = {name: value.value if isinstance(value, Rate) else value for name, value in found.rates.items()}
+        return {
+            "candidate": asdict(candidate), "config": asdict(config), **values, "calibrate": calibrate,
+            "positives": list(found.positives), "kept": list(found.kept), "general": list(found.general),
+        }  # fmt: skip
+
+    def pick_rate(self, material: Material, trial: Mapping[str, Any]) -> float:
+        """Return the largest rate whose threshold keeps the `choose` prompts within the bars; the smallest if none does."""
+        from itd.gate import threshold_for_fpr
+
+        allowed = []
+        for fpr in sorted(self.protocol.rates):
+            threshold = threshold_for_fpr(tensor(trial["calibrate"]), fpr)
+            shares = [float((tensor(trial[side]) >= threshold).double().mean()) for side in ("kept", "general")]
+            if shares[0] <= BARS["fpr_kept"] and shares[1] <= BARS["fpr_general"]:
+                allowed.append(fpr)
+        return max(allowed, default=min(self.protocol.rates))
+
+    def test(self, material: Material, picked: Mapping[str, Any]) -> Margins:
+        """Make the eraser that was picked and look at the test prompts."""
+        candidate, config = Candidate(**picked["candidate"]), EraseConfig(**picked["config"])
+        sets = Sets(*(known(part) for part in (material.target, material.kept)), self.neutral(material))
+        made = self.eraser(f"{material.task} leak-free", candidate, sets, config)
+        found = self.measure(f"{material.task} leak-free", made, material, "test")
+        return replace(found, rates=found.rates | promises(made.eraser) | {"eraser_kb": made.n_bytes / 1024})
+
+    def test_leaky(self, material: Material, picked: Mapping[str, Any]) -> Margins:
+        """Make an eraser in the same way from the prompts that it is tested on."""
+        candidate, config = Candidate(**picked["candidate"]), EraseConfig(**picked["config"])
+        target, kept = material.leaky()
+        general = sum((source["test"] for source in material.general.values()), PromptSet())
+        sets = Sets(deal(target), deal(kept), deal(general))
+        made = self.eraser(f"{material.task} leaky", candidate, sets, config)
+        return self.measure(f"{material.task} leaky", made, material, "test")
+
+    def qualities(self) -> dict[str, Rate | float]:
+        """Return how well each autoencoder keeps what it was trained on."""
+        found: dict[str, Rate | float] = {}
+        for candidate in self.protocol.candidates:
+
+            def measure(candidate: Candidate = candidate) -> dict[str, float]:
+                x = self.store(candidate.site).x
+                picks = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.protocol.seed))[:4096]
+                return reconstruction_of(self.sae(candidate), x[picks])._asdict()
+
+            values = self.ledger.cell(f"quality {candidate}", measure)
+            name = f"layer{candidate.layer}_{candidate.n_latents}_{candidate.k}"
+            found |= {f"{name}.{key}": float(value) for key, value in values.items()}
+        return found
+
+
+def known(prompts: Mapping[Deal, PromptSet]) -> PromptSet:
+    return prompts["fit"] + prompts["calibrate"]
+
+
+def settings_name(config: EraseConfig) -> str:
+    return f"{config.score}, {config.n_features} features, eps {config.eps:g}"
+
+
+def tensor(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def clustered(prompts: PromptSet, margins: Sequence[float]) -> Rate:
+    """Return the share that fires, with an interval over concepts; a prompt without a concept is its own."""
+    groups: dict[str, list[bool]] = {}
+    for prompt, margin in zip(prompts, margins, strict=True):
+        groups.setdefault(prompt.concept or prompt.text, []).append(margin >= 0)
+    return rate(margin >= 0 for margin in margins) if len(groups) < 2 else clustered_rate(list(groups.values()))
+
+
+def recall_at_bars(positives: Sequence[float], kept: Sequence[float], general: Sequence[float]) -> float:
+    """Return the recall of the lowest threshold that keeps both kinds of false positives within the bars."""
+    sides = (tensor(kept), BARS["fpr_kept"]), (tensor(general), BARS["fpr_general"])
+    thresholds = [side.sort(descending=True).values[int(bar * len(side))] for side, bar in sides if len(side)]
+    if not thresholds:
+        raise ValueError("recall within the bars needs prompts that must pass; got none")
+    return float((tensor(positives) > max(thresholds)).double().mean())
+
+
+def meets(rates: Mapping[str, Rate | float]) -> bool:
+    """Tell whether all bars are met."""
+
+    def value(name: str) -> float:
+        found = rates[name]
+        return found.value if isinstance(found, Rate) else found
+
+    passes = all(value(name) <= BARS[name] for name in ("fpr_kept", "fpr_coco", "fpr_diffusiondb") if name in BARS)
+    return passes and value("recall") >= BARS["recall"] and value("fpr_general") <= BARS["fpr_general"]
+
+
+def task_section(task: str, picked: Mapping[str, Any], results: Mapping[str, Margins]) -> Section:
+    """Return what was picked, rates without and with leaks, the ROC, and all trials."""
+    rows = [
+        {"measure": name, **{leak: result.rates.get(name, "") for leak, result in results.items()}}
+        for name in results["leak_free"].rates
+    ]
+    lines = []
+    for leak, result in results.items():
+        for side in ("kept", "general"):
+            lines.append(roc_line(f"{leak}, {side}", result.positives, getattr(result, side)))
+    plot = line_plot(lines, f"ROC, {task}", "false-positive rate", "recall", x_range=(0, 0.05), y_range=(0, 1))
+    shown = ("recall_at_bars", "auroc_kept", "auroc_general")
+    trials = [
+        {
+            "autoencoder": str(Candidate(**t["candidate"])),
+            "settings": settings_name(EraseConfig(**t["config"])),
+            **{k: t[k] for k in shown},
+        }
+        for t in sorted(picked["trials"], key=lambda trial: -trial["recall_at_bars"])
+    ]
+    text = f"Picked: {Candidate(**picked['candidate'])}; {settings_name(EraseConfig(**picked['config']))}; calibrated to {picked['fpr']:g}."
+    return Section(task, text, (rows, trials), (plot,))
