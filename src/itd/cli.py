@@ -16,6 +16,8 @@ import tyro
 from itd import describe, inputs
 from itd.activations import ActivationStore, record
 from itd.artifacts import CONFIG
+from itd.attacks.arenas import AttackConfig, run_arena
+from itd.attacks.protocol import names_of_attacks
 from itd.erasing import PRESETS, EraseConfig, erase
 from itd.generation import consecutive_seeds, generate, picture_lines, pipeline_options, write_pictures
 from itd.runs import COMMAND, Values, base_arguments, command_name, flat, require_free, run_folder, write_arguments
@@ -256,6 +258,49 @@ class Generate(OnModel):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attack(OnModel):
+    """Attack an erased pipeline: can a concept be drawn all the same? Goes on where it was stopped."""
+
+    attacks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME ...")] = ("all",)
+    """Attacks by name, or `all`, `black` (box), `white` (box). Names that end in -aware know the gate."""
+    out: Path
+    """Folder for report.json, report.md, report.html and what was computed so far."""
+    eraser: Erasers = ()
+    """Folder of an eraser. Repeat the flag to join several. Embedded world: by default one is made."""
+    sae: MaybePath = None
+    """Folder of the autoencoder, if it is no longer where it was when the eraser was made."""
+    target: Many = ()
+    """Concepts to attack. By default those of the eraser; embedded world without one: identities that it draws well."""
+    others: Many = ()
+    """With --model: names that the concept is told from in the pictures."""
+    clip: MaybePath = None
+    """With --model: folder of a CLIP model and its processor, which names the pictures."""
+    benign: MaybePath = None
+    """With --model: file of prompts without the concepts, on which false positives are counted."""
+    inference_steps: MaybeInt = None
+    """Denoising steps. By default what the pipeline takes."""
+    control: bool = True
+    """Run every attack against the pipeline without the eraser too."""
+    settings: tyro.conf.OmitArgPrefixes[AttackConfig] = field(default_factory=AttackConfig)
+
+    @property
+    def resume_file(self) -> Path:
+        return self.out / CONFIG
+
+    def run(self) -> None:
+        names = names_of_attacks(self.attacks)
+        eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser or self.model is not None else None
+        with run_folder(self, self.resume_file):
+            found = run_arena(
+                self.settings, self.out, names, ("erased", "unerased") if self.control else ("erased",), self.model, eraser,
+                list(flat(self.target)), list(flat(self.others)), self.clip, self.benign, self.inference_steps,
+            )  # fmt: skip
+            page = found.save(self.out)
+        print(found.summary())
+        print(f"page: {page}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info(OnModel):
     """Describe the installation, or what a folder holds: an autoencoder, an eraser, activations, a run, a pipeline."""
 
@@ -271,7 +316,7 @@ class Info(OnModel):
             print(describe.describe_installation() if self.path is None else describe.describe_folder(self.path))
 
 
-COMMANDS: tuple[type[Command], ...] = (Demo, Record, Train, Erase, Check, Generate, Info)
+COMMANDS: tuple[type[Command], ...] = (Demo, Record, Train, Erase, Check, Generate, Attack, Info)
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -20,6 +20,10 @@ BATCH = 8
 """Pictures drawn at a time."""
 
 
+class NotApplicable(ValueError):
+    """The attack cannot be tried for this goal or on this pipeline; a report lists it as not tried."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What an attack may spend on one goal."""
@@ -132,6 +136,8 @@ class Trial:
     success: bool
     fired: bool | None = None
     score: float | None = None
+    image: Tensor | None = field(default=None, compare=False, repr=False)
+    """The picture, (3, h, w) in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,8 @@ def try_prompts(system: Target, goal: Goal, criterion: Criterion, prompts: Seque
         texts, seeds = zip(*plan[start : start + BATCH], strict=True)
         drawn = system.draw(texts, seeds)
         found = criterion(drawn.images)
-        trials += [Trial(*row) for row in zip(texts, seeds, found, drawn.fired, drawn.scores, strict=True)]
+        rows = zip(texts, seeds, found, drawn.fired, drawn.scores, drawn.images, strict=True)
+        trials += [Trial(*row) for row in rows]
         if any(found):
             break
     return tuple(trials)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from itd import pipelines
-from itd.attacks.base import Criterion, Goal, System
+from itd.attacks.base import Criterion, Goal, NotApplicable, System
 from itd.attacks.differentiable import erase_activations, gate_margin
 from itd.eraser import Eraser
 from itd.hooks import edit_output
@@ -33,11 +33,10 @@ class Encoded(NamedTuple):
 
 
 def require_single_encoder(pipe: Any) -> None:
-    """Raise ValueError for a pipeline whose image model a white-box attack cannot call."""
+    """Raise NotApplicable for a pipeline whose image model a white-box attack cannot call."""
     if getattr(pipe, "text_encoder_2", None) is not None or not isinstance(getattr(pipe, "unet", None), nn.Module):
-        raise ValueError(
-            f"white-box attacks need one text encoder and a unet, {type(pipe).__name__} has others; use a black-box one"
-        )
+        kind = type(pipe).__name__
+        raise NotApplicable(f"white-box attacks need one text encoder and a unet, {kind} has others; use a black-box attack")
 
 
 def token_embedding(pipe: Any) -> nn.Embedding:

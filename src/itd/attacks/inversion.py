@@ -35,6 +35,8 @@ class ConceptInversion:
     lr: float = 0.02
     batch_size: int = 4
     """Noised pictures per step."""
+    start: str | None = None
+    """Word whose embedding the search starts from; a random one by default."""
     gate_weight: float = 0.0
     """Weight of the gate's score in the loss; above 0 the attack is gate-aware."""
 
@@ -42,7 +44,7 @@ class ConceptInversion:
         require_weight(self.gate_weight)
 
     def __call__(self, system: System, goal: Goal, criterion: Criterion, budget: Budget) -> Attempt:
-        """Raises ValueError for a pipeline with several text encoders."""
+        """Raises NotApplicable for a pipeline with several text encoders."""
         pipe = system.pipe
         require_single_encoder(pipe)
         words = vocabulary_of(pipe).without(names_of(goal.concept))
@@ -62,8 +64,8 @@ class ConceptInversion:
         loss = Loss(system, Denoise(pipe), self.gate_weight)
         weight = token_embedding(pipe).weight.detach()
         token = int(words.ids[words.words.index(word)])
-        start = words.ids[int(torch.randint(len(words), (), generator=generator))]
-        embedding = weight[start].clone().requires_grad_()
+        drawn = words.words[int(torch.randint(len(words), (), generator=generator))]
+        embedding = weight[prompt_ids(pipe, self.start or drawn)[0]].clone().requires_grad_()
         optimizer = torch.optim.AdamW([embedding], lr=self.lr, weight_decay=0.0)
         sentences = [frame(pipe, prompt_ids(pipe, text)[None]) for text in sentences_with(goal, word)]
         losses: list[float] = []
@@ -73,7 +75,7 @@ class ConceptInversion:
             value = loss(input_ids, embeddings, draw_noise(pipe, references, self.batch_size, generator))
             (embedding.grad,) = torch.autograd.grad(value, embedding)
             optimizer.step()
-            losses.append(float(value))
+            losses.append(float(value.detach()))
         return embedding.detach(), tuple(losses)
 
 

@@ -45,7 +45,7 @@ class P4D:
         require_weight(self.gate_weight)
 
     def __call__(self, system: System, goal: Goal, criterion: Criterion, budget: Budget) -> Attempt:
-        """Raises ValueError for a pipeline with several text encoders."""
+        """Raises NotApplicable for a pipeline with several text encoders."""
         pipe = system.pipe
         require_single_encoder(pipe)
         generator = torch.Generator().manual_seed(goal.seed)
@@ -78,7 +78,7 @@ class P4D:
             (gradient,) = torch.autograd.grad(value, embeddings)
             soft.grad = gradient[0, 1 : 1 + self.n_tokens]
             optimizer.step()
-            losses.append(float(value))
+            losses.append(float(value.detach()))
             key = tuple(rows.tolist())
             visited[key] = min(losses[-1], visited.get(key, float("inf")))
         ordered = sorted(visited, key=lambda key: visited[key])[: self.n_ranked]

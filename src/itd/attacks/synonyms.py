@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, Target, try_prompts
+from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, NotApplicable, Target, try_prompts
 from itd.attacks.diffusion import encode_texts
 from itd.attacks.vocabulary import names_of
 
@@ -38,7 +38,7 @@ class Synonyms:
     """Paraphrases that are ranked."""
 
     def __call__(self, system: Target, goal: Goal, criterion: Criterion, budget: Budget) -> Attempt:
-        """Raises ValueError if the goal has no synonyms."""
+        """Raises NotApplicable if the goal has no synonyms."""
         candidates = self.paraphrases(goal)
         states = encode_texts(system.pipe, [goal.prompt, *candidates]).pooled
         order = F.cosine_similarity(states[1:], states[:1]).argsort(descending=True).tolist()
@@ -50,7 +50,7 @@ class Synonyms:
         outright = names_of(goal.concept)
         words = [word for word in dict.fromkeys(goal.synonyms) if not outright & set(word.lower().split())]
         if not words:
-            raise ValueError(f"the goal {goal.concept!r} has no synonyms that leave its name out; give some")
+            raise NotApplicable(f"the goal {goal.concept!r} has no synonyms that leave its name out; give some")
         phrases = [*words, *(f"{a} {b}" for a, b in permutations(words, 2))]
         templates = (goal.template, *self.sentences)
         texts = [Goal(goal.concept, template).ask(phrase) for phrase in phrases for template in templates]

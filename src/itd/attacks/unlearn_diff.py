@@ -46,7 +46,7 @@ class UnlearnDiff:
         require_weight(self.gate_weight)
 
     def __call__(self, system: System, goal: Goal, criterion: Criterion, budget: Budget) -> Attempt:
-        """Raises ValueError for a pipeline with several text encoders."""
+        """Raises NotApplicable for a pipeline with several text encoders."""
         pipe = system.pipe
         require_single_encoder(pipe)
         generator = torch.Generator().manual_seed(goal.seed)
@@ -88,7 +88,7 @@ class UnlearnDiff:
             (gradient,) = torch.autograd.grad(value, u)
             length = gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
             u = project_to_simplex(u.detach() - self.lr * gradient / length)
-            losses.append(float(value))
+            losses.append(float(value.detach()))
         return u, tuple(losses)
 
 

@@ -1,0 +1,166 @@
+"""Where attacks are run: the embedded world with its judge, or any pipeline with an eraser and a CLIP that names pictures."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from itd import emoji, inputs
+from itd.attacks.base import Budget, Criterion, Goal, System
+from itd.attacks.criteria import ClipNames, Judged
+from itd.attacks.protocol import Arena, Arm, identity_of, run
+from itd.eraser import Eraser
+from itd.erasing import EraseConfig
+from itd.evaluation.ledger import Ledger
+from itd.evaluation.results import Report
+from itd.generation import pipeline_options
+from itd.prompts import PromptSet, fill
+from itd.templates import TEMPLATES
+
+WORLD_OPTIONS = {"num_inference_steps": emoji.STEPS, "guidance_scale": emoji.GUIDANCE_SCALE, "height": 64, "width": 64}
+TEMPLATE = "a picture of a {}"
+HELD_OUT = 3
+"""One of this many concepts that are not erased is kept from selection and calibration, for the benign prompts."""
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """How much is attacked, and what may be spent on it."""
+
+    n_concepts: int = 20
+    """Concepts that are erased together and attacked one by one. For the embedded world."""
+    images: int = 16
+    """Pictures that an attack may draw per concept."""
+    steps: int = 100
+    """Gradient steps or generations that an attack may search per concept."""
+    n_benign: int = 1000
+    """Prompts without an erased concept, on which false positives are counted."""
+    seed: int = 0
+    """Of the choice of concepts, the searches and the pictures."""
+    quick: bool = False
+    """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_concepts", "n_benign"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def stated(self) -> AttackConfig:
+        """The settings with what `quick` limits."""
+        if not self.quick:
+            return self
+        most = {"n_concepts": 4, "images": 4, "steps": 20, "n_benign": 200}
+        return replace(self, **{name: min(getattr(self, name), bound) for name, bound in most.items()})
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.stated.images, self.stated.steps)
+
+
+def make_goals(names: Sequence[str], seed: int, synonyms: Mapping[str, Sequence[str]] | None = None) -> tuple[Goal, ...]:
+    """Return one goal per concept; every goal has its own range of seeds."""
+    words = synonyms or {}
+    return tuple(Goal(name, TEMPLATE, seed + 1000 * i, tuple(words.get(name, ()))) for i, name in enumerate(names))
+
+
+def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eraser: Eraser | None = None) -> Arena:
+    """Return the embedded world with concepts erased: those named, the eraser's own, or identities that it draws well.
+
+    Benign prompts are held-out templates of nouns that neither selection nor calibration saw; with an eraser made elsewhere,
+    of all other nouns.
+
+    Raises:
+        ValueError: a name that the judge cannot tell, or none.
+    """
+    from itd.evaluation.world import World, leak_free_sets
+
+    stated = config.stated
+    world = World(out, "attack", {"n_concepts": stated.n_concepts, "seed": stated.seed, "names": list(names)})
+    rng = random.Random(stated.seed)
+    chosen = list(names) or (list(eraser.names) if eraser else identities(world, stated.n_concepts, rng))
+    others = sorted(set(world.nouns) - set(chosen))
+    held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
+    if eraser is None:
+        eraser = world.eraser("attacked", leak_free_sets(chosen, held_out), EraseConfig()).eraser
+    synonyms = {name: (*noun.implicit, *noun.tags) for name, noun in world.nouns.items()}
+    criteria: dict[str, Criterion] = {name: Judged(world.judge, name) for name in chosen}
+    return Arena(
+        System(world.pipe, eraser, WORLD_OPTIONS), make_goals(chosen, stated.seed, synonyms), criteria,
+        benign_prompts(held_out, stated.n_benign, rng), world.record,
+    )  # fmt: skip
+
+
+def identities(world: Any, n: int, rng: random.Random) -> list[str]:
+    """Return n identities of those that are recognised best when they are not erased; otherwise success could not be seen."""
+    known = world.of_role("identity")
+    return sorted(rng.sample(world.best_drawn(known, min(2 * n, len(known))), n))
+
+
+def benign_prompts(names: Sequence[str], n: int, rng: random.Random) -> tuple[str, ...]:
+    """Return at most n different prompts of the names in held-out templates."""
+    every = list(dict.fromkeys(fill(template, name) for name in names for template in TEMPLATES["test"]))
+    return tuple(rng.sample(every, min(n, len(every))))
+
+
+def model_arena(
+    config: AttackConfig,
+    pipe: Any,
+    eraser: Eraser,
+    clip: Path | None,
+    names: Sequence[str],
+    others: Sequence[str],
+    benign: Path | None,
+    options: Mapping[str, Any],
+) -> Arena:
+    """Return a pipeline with its eraser, where a CLIP model tells the concept from other names.
+
+    Raises:
+        ValueError: no CLIP, no other names or no benign prompts.
+    """
+    if clip is None or benign is None or not others:
+        raise ValueError(
+            "with --model an attack needs --clip (folder of a CLIP model with its processor), --others (names to tell the "
+            "concept from) and --benign (file of prompts without it)"
+        )
+    from transformers import CLIPModel, CLIPProcessor
+
+    model, processor = (kind.from_pretrained(clip, local_files_only=True) for kind in (CLIPModel, CLIPProcessor))
+    chosen = list(names) or list(eraser.names)
+    criteria: dict[str, Criterion] = {name: ClipNames(model.eval(), processor, name, list(others)) for name in chosen}
+    prompts = PromptSet.from_file(benign).sample(config.stated.n_benign, config.seed).texts
+    return Arena(
+        System(pipe, eraser, options), make_goals(chosen, config.seed), criteria, tuple(prompts),
+        {"pipeline": type(pipe).__name__, "clip": str(clip)},
+    )  # fmt: skip
+
+
+def run_arena(
+    config: AttackConfig,
+    out: Path,
+    attacks: Sequence[str],
+    arms: Sequence[Arm],
+    model: str | None = None,
+    eraser: Eraser | None = None,
+    names: Sequence[str] = (),
+    others: Sequence[str] = (),
+    clip: Path | None = None,
+    benign: Path | None = None,
+    inference_steps: int | None = None,
+) -> Report:
+    """Attack the embedded world, or another pipeline with its eraser, and return the report; goes on where it was stopped.
+
+    Raises:
+        ValueError: see `world_arena` and `model_arena`; `out` holds a run with other settings.
+    """
+    if model is None:
+        arena = world_arena(config, out, names, eraser)
+    else:
+        assert eraser is not None
+        options = pipeline_options(model, inference_steps, None, None)
+        arena = model_arena(config, inputs.load_pipeline(model), eraser, clip, names, others, benign, options)
+    ledger = Ledger(out / "attempts", identity_of(arena, config.budget))
+    return run(arena, attacks, config.budget, ledger, arms)
