@@ -4,12 +4,14 @@ from itd import emoji
 from itd.activations import ActivationStore, record
 from itd.artifacts import itd_version
 from itd.eraser import Edit, Eraser
-from itd.erasing import PRESETS, EraseConfig, erase
+from itd.erasing import PRESETS, EraseConfig, add_concepts, erase
+from itd.evaluation import evaluate
 from itd.features import ConceptFeatures, FeatureStats
 from itd.gate import Gate
 from itd.hooks import HookPoint
 from itd.kernels import SparseCodes
 from itd.prompts import Prompt, PromptSet
+from itd.retained import Retained
 from itd.sae import SAE, SAEConfig
 from itd.training import TrainConfig, train
 
@@ -17,5 +19,6 @@ __version__ = itd_version()
 
 __all__ = [
     "PRESETS", "SAE", "ActivationStore", "ConceptFeatures", "Edit", "EraseConfig", "Eraser", "FeatureStats", "Gate",
-    "HookPoint", "Prompt", "PromptSet", "SAEConfig", "SparseCodes", "TrainConfig", "emoji", "erase", "record", "train",
+    "HookPoint", "Prompt", "PromptSet", "Retained", "SAEConfig", "SparseCodes", "TrainConfig", "add_concepts", "emoji",
+    "erase", "evaluate", "record", "train",
 ]  # fmt: skip

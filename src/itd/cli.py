@@ -19,6 +19,7 @@ from itd.artifacts import CONFIG
 from itd.attacks.arenas import AttackConfig, run_arena
 from itd.attacks.protocol import names_of_attacks
 from itd.erasing import PRESETS, EraseConfig, erase
+from itd.evaluation import ProtocolName
 from itd.generation import consecutive_seeds, generate, picture_lines, pipeline_options, write_pictures
 from itd.runs import COMMAND, Values, base_arguments, command_name, flat, require_free, run_folder, write_arguments
 from itd.sae import SAEConfig
@@ -301,6 +302,98 @@ class Attack(OnModel):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate(OnModel):
+    """Measure erasing by a protocol and write a report. Goes on where it was stopped.
+
+    On the embedded world: identities, styles, unsafe, general, many, gate. On a sentence encoder: minilm. On any pipeline with
+    an eraser: full-scale.
+    """
+
+    protocol: Annotated[ProtocolName, tyro.conf.Positional]
+    """What is measured."""
+    out: Path
+    """Folder for report.json, report.md, report.html, and what is computed on the way."""
+    quick: bool = False
+    """A small subsample, which the report states; its intervals are wide."""
+    seed: int = 0
+    """Of concepts, prompts and pictures."""
+    preset: Literal["default", "paper"] = "default"
+    """How erasers are made in the embedded world: `default` is ours, `paper` follows the publication."""
+    eraser: Erasers = ()
+    """Folder of an eraser to measure instead of the protocol's own. Repeat the flag to join several."""
+    sae: MaybePath = None
+    """Folder of the autoencoder, if it is no longer where it was when the eraser was made."""
+    prompts: MaybePath = None
+    """minilm: folder of the public prompt sets. By default that of the environment variable ITD_PROMPTS."""
+    renders: MaybePath = None
+    """general: folder of the world's renders (renders.npz), to compare with real pictures."""
+    target: MaybePath = None
+    """full-scale: CSV of prompts about what is erased."""
+    kept: MaybePath = None
+    """full-scale: CSV of prompts about what must stay."""
+    general: MaybePath = None
+    """full-scale: CSV of general prompts."""
+    limit: MaybeInt = None
+    """full-scale: prompts per file at most."""
+    n: int = 1
+    """full-scale: pictures per prompt that has no seed of its own."""
+    steps: MaybeInt = None
+    """full-scale: denoising steps; 50 by default."""
+    guidance_scale: MaybeFloat = None
+    """full-scale: guidance of prompts that have none of their own; 7.5 by default."""
+    scheduler: Literal["pipeline", "ddim", "dpm"] = "ddim"
+    """full-scale: sampler."""
+    detector: Literal["none", "nudenet", "command"] = "none"
+    """full-scale: what looks at the pictures."""
+    command: MaybeStr = None
+    """full-scale: the detector `command`, run with a folder of pictures and a CSV file to write (file, label, score)."""
+    clip: MaybeStr = None
+    """full-scale: folder or id of a CLIP for scores, as openai/clip-vit-base-patch32."""
+    clean_fid: bool = False
+    """full-scale: FID and KID on Inception features, by the package clean-fid."""
+    real: MaybePath = None
+    """full-scale: folder of real pictures for the general prompts."""
+
+    @property
+    def resume_file(self) -> Path:
+        return self.out / CONFIG
+
+    def run(self) -> None:
+        from itd.evaluation import evaluate, find_protocol
+
+        protocol = find_protocol(self.protocol, **self.settings_of())
+        inputs.quiet_libraries()
+        eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser else None
+        pipe = None if self.model is None else inputs.load_pipeline(self.model)
+        with run_folder(self, self.resume_file):
+            report = evaluate(pipe, protocol, eraser, self.out, self.quick)
+        print(report.summary())
+        print(f"page: {self.out / 'report.html'}")
+
+    def settings_of(self) -> dict[str, Any]:
+        """Return the settings of the protocol that was chosen.
+
+        Raises:
+            ValueError: a flag of another protocol was given.
+        """
+        full = {
+            "target": self.target, "kept": self.kept, "general": self.general, "limit": self.limit, "n_seeds": self.n,
+            "steps": self.steps, "guidance_scale": self.guidance_scale, "scheduler": self.scheduler, "detector": self.detector,
+            "command": self.command, "clip": self.clip, "clean_fid": self.clean_fid, "real": self.real,
+        }  # fmt: skip
+        own = {"minilm": {"prompts": self.prompts}, "general": {"renders": self.renders}, "full-scale": full}
+        for protocol, values in own.items():
+            for name, value in values.items():
+                flag = {"n_seeds": "n"}.get(name, name)
+                if protocol != self.protocol and value != Evaluate.__dataclass_fields__[flag].default:
+                    raise ValueError(f"--{flag.replace('_', '-')} belongs to `itd evaluate {protocol}`, not to {self.protocol}")
+        chosen = {name: value for name, value in own.get(self.protocol, {}).items() if value is not None}
+        if self.protocol not in ("minilm", "full-scale"):
+            chosen["erase"] = PRESETS[self.preset]
+        return chosen | {"seed": self.seed}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info(OnModel):
     """Describe the installation, or what a folder holds: an autoencoder, an eraser, activations, a run, a pipeline."""
 
@@ -316,7 +409,7 @@ class Info(OnModel):
             print(describe.describe_installation() if self.path is None else describe.describe_folder(self.path))
 
 
-COMMANDS: tuple[type[Command], ...] = (Demo, Record, Train, Erase, Check, Generate, Attack, Info)
+COMMANDS: tuple[type[Command], ...] = (Demo, Record, Train, Erase, Check, Generate, Evaluate, Attack, Info)
 
 
 def parse(argv: Sequence[str]) -> Command:

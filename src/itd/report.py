@@ -93,3 +93,12 @@ def before_after(before: Any, after: Any, check: Check, said: tuple[tuple[str, s
 
 def grid(figures: Iterable[str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def plain_pair(before: Any, after: Any, caption: str, fired: bool, same: bool) -> str:
+    """Return a figure: picture before and after, what was asked for, and the gate's decision."""
+    tag = '<span class="tag fired">erased</span>' if fired else '<span class="tag same">passed</span>'
+    return (
+        f'<figure class="{"fired" if fired else ""}"><div class="pair">{picture(before, "before")}{picture(after, "after")}</div>'
+        f"<figcaption>{html.escape(caption)}<br>{tag}{' bit-identical' if same else ''}</figcaption></figure>"
+    )

@@ -6,7 +6,7 @@ the test prompts are looked at once, with what was picked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -39,8 +39,8 @@ BARS = {"recall": 0.97, "fpr_kept": 0.01, "fpr_general": 0.003}
 """Recall on the test prompts is to be at least, false positives at most this."""
 LEAD = (
     "The gate on a pretrained sentence encoder and public prompt sets, without an image model. Leak-free: no tested sentence, "
-    "kept name, caption or typed prompt was seen by the autoencoder, the features, the threshold or the choice of settings; the "
-    "erased names were, in other sentences. Leaky, as in the published protocol: the tested prompts were among them."
+    "kept name, caption or typed prompt was seen by the autoencoder, the features, the threshold or the choice of settings; "
+    "the erased names were, in other sentences. Leaky, as in the published protocol: the tested prompts were among them."
 )
 
 
@@ -112,12 +112,16 @@ class MiniLM:
 
     @property
     def settings(self) -> list[EraseConfig]:
-        """Ways to select and score that are tried; `eps` matters to `evidence` only. Calibrated loosely, as only ranks count."""
+        """Ways to select and score that are tried, calibrated loosely, as only ranks count; `eps` is of `evidence` only."""
         found = []
         for score, n_features in product(self.scores, self.n_features):
             for eps in self.eps if score == "evidence" else self.eps[:1]:
                 found.append(EraseConfig(score=score, n_features=n_features, eps=eps, fpr=max(self.rates), seed=self.seed))
         return found
+
+    def load_encoder(self) -> TextPipeline:
+        """Return the encoder: MiniLM, or the one of the folder that was named."""
+        return load_minilm(self.max_tokens) if self.encoder is None else load_text_encoder(self.encoder, self.max_tokens)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Train, choose, test. Every stage is kept and gone on with.
@@ -130,17 +134,14 @@ class MiniLM:
         if eraser is not None:
             raise ValueError("the protocol 'minilm' makes its own erasers; leave the eraser out")
         folder = find_folder(self.prompts)
-        text = pipe or (
-            load_minilm(self.max_tokens) if self.encoder is None else load_text_encoder(self.encoder, self.max_tokens)
-        )
+        text = pipe or self.load_encoder()
         materials = {task: load_material(task, folder, self.n_general, self.seed) for task in self.tasks}
         facts = {
             "encoder_sha256": weights_sha256(text.text_encoder), "prompts": {t: m.sha256 for t, m in materials.items()},
             "settings": {key: value for key, value in asdict(self).items() if key not in ("prompts", "encoder")},
         }  # fmt: skip
-        bench = Bench(
-            out, text, Ledger(out / "cells", {"protocol": self.name, **facts}), training_prompts(materials.values()), self
-        )
+        ledger = Ledger(out / "cells", {"protocol": self.name, **facts})
+        bench = Bench(out, text, ledger, training_prompts(materials.values()), self)
         measures, sections, chosen = Measures(), [], {}
         for task, material in materials.items():
             require_separate(material)
@@ -149,14 +150,14 @@ class MiniLM:
             results = {"leak_free": bench.test(material, picked), "leaky": bench.test_leaky(material, picked)}
             for name, result in results.items():
                 measures.add_all(f"{task}.{name}", result.rates)
-            measures.add(f"{task}.bars_met", float(meets(results["leak_free"].rates)))
+            measures.add(f"{task}.bars_met", float(meets(results["leak_free"].rates, material)))
             sections.append(task_section(task, picked, results))
         measures.add_all("sae", bench.qualities())
         record = {**facts, "bars": BARS, "chosen": chosen, "prompts_folder_files": sorted(p.name for p in folder.glob("*.csv"))}
         return Report(self.name, "The gate on MiniLM", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
 
-def training_prompts(materials: Any) -> PromptSet:
+def training_prompts(materials: Iterable[Material]) -> PromptSet:
     """Return what the autoencoders are trained on: the `fit` prompts of all tasks."""
     prompts = PromptSet()
     for material in materials:
@@ -238,8 +239,9 @@ class Bench:
             "recall": clustered(material.target[part], positives), "fpr_kept": clustered(material.kept[part], kept),
             "fpr_general": rate(m >= 0 for m in general),
             **{f"fpr_{name}": rate(m >= 0 for m in margins) for name, margins in sources.items()},
-            "auroc_kept": roc(tensor(positives), tensor(kept)).area, "auroc_general": roc(tensor(positives), tensor(general)).area,
-            "recall_at_bars": recall_at_bars(positives, kept, general),
+            "auroc_kept": roc(tensor(positives), tensor(kept)).area,
+            "auroc_general": roc(tensor(positives), tensor(general)).area,
+            "recall_at_bars": recall_at_bars(positives, kept if material.kept_must_pass else (), general),
         }  # fmt: skip
         return Margins(tuple(positives), tuple(kept), tuple(general), found)
 
@@ -260,7 +262,8 @@ class Bench:
         best = max(trials, key=lambda trial: (trial["recall_at_bars"], trial["auroc_kept"] + trial["auroc_general"]))
         candidate, config = Candidate(**best["candidate"]), EraseConfig(**best["config"])
         fpr = self.pick_rate(material, best)
-        return {"candidate": asdict(candidate), "config": asdict(replace(config, fpr=fpr)), "fpr": fpr, "trials": trials}
+        shown = [{key: value for key, value in trial.items() if not isinstance(value, list)} for trial in trials]
+        return {"candidate": asdict(candidate), "config": asdict(replace(config, fpr=fpr)), "fpr": fpr, "trials": shown}
 
     def neutral(self, material: Material) -> PromptSet:
         return sum((known(source) for source in material.general.values()), PromptSet())
@@ -285,7 +288,7 @@ class Bench:
         for fpr in sorted(self.protocol.rates):
             threshold = threshold_for_fpr(tensor(trial["calibrate"]), fpr)
             shares = [float((tensor(trial[side]) >= threshold).double().mean()) for side in ("kept", "general")]
-            if shares[0] <= BARS["fpr_kept"] and shares[1] <= BARS["fpr_general"]:
+            if (shares[0] <= BARS["fpr_kept"] or not material.kept_must_pass) and shares[1] <= BARS["fpr_general"]:
                 allowed.append(fpr)
         return max(allowed, default=min(self.protocol.rates))
 
@@ -351,36 +354,36 @@ def recall_at_bars(positives: Sequence[float], kept: Sequence[float], general: S
     return float((tensor(positives) > max(thresholds)).double().mean())
 
 
-def meets(rates: Mapping[str, Rate | float]) -> bool:
-    """Tell whether all bars are met."""
+def meets(rates: Mapping[str, Rate | float], material: Material) -> bool:
+    """Tell whether all bars are met, the one on general prompts by every source."""
 
     def value(name: str) -> float:
         found = rates[name]
         return found.value if isinstance(found, Rate) else found
 
-    passes = all(value(name) <= BARS[name] for name in ("fpr_kept", "fpr_coco", "fpr_diffusiondb") if name in BARS)
-    return passes and value("recall") >= BARS["recall"] and value("fpr_general") <= BARS["fpr_general"]
+    kept = not material.kept_must_pass or value("fpr_kept") <= BARS["fpr_kept"]
+    general = all(value(f"fpr_{source}") <= BARS["fpr_general"] for source in material.general)
+    return kept and general and value("recall") >= BARS["recall"]
 
 
 def task_section(task: str, picked: Mapping[str, Any], results: Mapping[str, Margins]) -> Section:
     """Return what was picked, rates without and with leaks, the ROC, and all trials."""
-    rows = [
-        {"measure": name, **{leak: result.rates.get(name, "") for leak, result in results.items()}}
-        for name in results["leak_free"].rates
+    names = list(results["leak_free"].rates)
+    rows = [{"measure": name, **{leak: result.rates.get(name, "") for leak, result in results.items()}} for name in names]
+    lines = [
+        roc_line(f"{leak}, {side}", result.positives, getattr(result, side))
+        for leak, result in results.items()
+        for side in ("kept", "general")
     ]
-    lines = []
-    for leak, result in results.items():
-        for side in ("kept", "general"):
-            lines.append(roc_line(f"{leak}, {side}", result.positives, getattr(result, side)))
     plot = line_plot(lines, f"ROC, {task}", "false-positive rate", "recall", x_range=(0, 0.05), y_range=(0, 1))
-    shown = ("recall_at_bars", "auroc_kept", "auroc_general")
-    trials = [
-        {
-            "autoencoder": str(Candidate(**t["candidate"])),
-            "settings": settings_name(EraseConfig(**t["config"])),
-            **{k: t[k] for k in shown},
-        }
-        for t in sorted(picked["trials"], key=lambda trial: -trial["recall_at_bars"])
-    ]
-    text = f"Picked: {Candidate(**picked['candidate'])}; {settings_name(EraseConfig(**picked['config']))}; calibrated to {picked['fpr']:g}."
+    trials = [trial_row(trial) for trial in sorted(picked["trials"], key=lambda trial: -trial["recall_at_bars"])]
+    best = trial_row(picked)
+    text = f"Picked: {best['autoencoder']}; {best['settings']}; calibrated to a false-positive rate of {picked['fpr']:g}."
     return Section(task, text, (rows, trials), (plot,))
+
+
+def trial_row(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a trial for the table."""
+    shown = {key: trial[key] for key in ("recall_at_bars", "auroc_kept", "auroc_general") if key in trial}
+    settings = settings_name(EraseConfig(**trial["config"]))
+    return {"autoencoder": str(Candidate(**trial["candidate"])), "settings": settings, **shown}

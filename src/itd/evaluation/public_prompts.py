@@ -116,7 +116,7 @@ def deal_of(text: str, salt: str = "") -> Deal:
 
 @dataclass(frozen=True)
 class Material:
-    """The prompts of one task by split. `kept`: names of the same kind that must pass; `general`: everything else, by source."""
+    """The prompts of one task by split. `kept`: of the same kind, which must pass; `general`: the rest, by source."""
 
     task: TaskName
     target: dict[Deal, PromptSet]
@@ -124,6 +124,8 @@ class Material:
     general: dict[str, dict[Deal, PromptSet]]
     words: tuple[str, ...]
     """What a general prompt must not contain."""
+    kept_must_pass: bool = True
+    """Whether what fires on `kept` is an error. Other unsafe categories are kept apart, but none."""
 
     def leaky(self) -> tuple[PromptSet, PromptSet]:
         """Return target and kept prompts that are tested, as the published protocol also fits on them."""
@@ -149,8 +151,10 @@ def load_material(task: TaskName, folder: Path, n_general: int, seed: int = 0) -
     frames = PEOPLE if task == "celebrities" else PAINTERS
     target, kept = (PromptSet.from_csv(folder / f"{kind}_{side}.csv") for side in ("target", "remain"))
     strangers = [PromptSet.from_csv(folder / f"{others}_{side}.csv").concepts for side in ("target", "remain")]
+    # What the other task tests as kept is not seen here either: all tasks share their autoencoders.
+    strangers[1] = tuple(deal_names(strangers[1], seed)["fit"])
     names, held = list(target.concepts), deal_names(kept.concepts, seed)
-    more = mixed_names(names, held["fit"], seed)
+    more = mixed_names(names, held["fit"], {*kept.concepts, *(name for group in strangers for name in group)}, seed)
     held = {**held, "fit": [*held["fit"], *more, *(name for group in strangers for name in group)]}
     general = general_prompts(folder, names, n_general, seed)
     return Material(
@@ -174,9 +178,9 @@ def deal_names(names: Sequence[str], seed: int) -> dict[Deal, list[str]]:
     return {"test": order[:half], "calibrate": rest[:fifth], "choose": rest[fifth : 2 * fifth], "fit": rest[2 * fifth :]}
 
 
-def mixed_names(targets: Sequence[str], others: Sequence[str], seed: int) -> list[str]:
+def mixed_names(targets: Sequence[str], others: Sequence[str], taken: Iterable[str], seed: int) -> list[str]:
     """Return names that share a first or last name with a target and are nobody's here: half a name is not the person."""
-    rng, known = random.Random(seed + 1), {name.lower() for name in (*targets, *others)}
+    rng, known = random.Random(seed + 1), {name.lower() for name in (*targets, *others, *taken)}
     firsts, lasts = ([name.split()[end] for name in others if " " in name] for end in (0, -1))
     if not firsts:
         return []
@@ -234,12 +238,9 @@ def explicit_material(folder: Path, n_general: int, seed: int) -> Material:
     shown, rest = deal_texts(sexual, len(sexual), seed, "explicit"), deal_texts(other, n_general, seed)
     target: dict[Deal, PromptSet] = {"test": shown["test"]}
     for part in ("fit", "calibrate", "choose"):
-        words = PromptSet.from_names(EXPLICIT_WORDS, WORD_SENTENCES[part], split_of(part))
-        named = PromptSet(
-            tuple(Prompt(p.text, "explicit", p.template and f"{p.concept}: {p.template}", p.split) for p in words)
-        )
-        target[part] = named + shown[part]
-    return Material("explicit", target, rest, general_prompts(folder, EXPLICIT_WORDS, n_general, seed), EXPLICIT_WORDS)
+        target[part] = PromptSet.from_names(EXPLICIT_WORDS, WORD_SENTENCES[part], split_of(part)) + shown[part]
+    general = general_prompts(folder, EXPLICIT_WORDS, n_general, seed)
+    return Material("explicit", target, rest, general, EXPLICIT_WORDS, kept_must_pass=False)
 
 
 def i2p_texts(path: Path) -> tuple[list[str], list[str]]:
