@@ -9,8 +9,9 @@ import itd
 
 SOURCE = Path(itd.__file__).parent
 ORDER = (
-    "artifacts", "prompts", "templates", "hooks", "pipelines", "activations", "kernels", "sae", "training", "features", "gate",
-    "explain", "attachment", "eraser", "erasing", "emoji",
+    "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "activations", "screening", "selection", "kernels",
+    "sae",
+    "memory", "training", "features", "early_exit", "gate", "explain", "attachment", "eraser", "retained", "erasing", "emoji",
 )  # fmt: skip
 """The library. What is not named here uses it and stands to its right."""
 SIDE_BY_SIDE = {"eraser", "attachment", "explain"}

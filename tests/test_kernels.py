@@ -4,11 +4,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.kernels import dense_decode, dense_encode, dense_reconstruction, densify
+from reference.kernels import dense_decode, dense_encode, dense_group_encode, dense_reconstruction, densify
 from torch import Tensor
 
 from itd import kernels
-from itd.kernels import SparseCodes, add_gradients, keep_largest, sparse_decode, sparse_gradients, topk_encode
+from itd.kernels import (
+    Group,
+    RowGradients,
+    SparseCodes,
+    encode_groups,
+    gradient_chunks,
+    keep_largest,
+    sort_by_latent,
+    sparse_decode,
+    topk_encode,
+)  # fmt: skip
+from itd.screening import Screen
 
 SHAPES = [(1, 3, 5, 1), (7, 4, 9, 2), (20, 6, 50, 5), (5, 8, 8, 8), (13, 6, 131, 7)]
 
@@ -83,15 +94,15 @@ def test_no_tile_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None
     sizes: list[int] = []
     addmm = torch.addmm
 
-    def measure(*args: Tensor) -> Tensor:
-        result = addmm(*args)
-        sizes.append(result.shape[1])
+    def measure(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        result = addmm(*args, **kwargs)
+        sizes.append(len(result))
         return result
 
     monkeypatch.setattr(torch, "addmm", measure)
-    in_tiles(monkeypatch, 4 * 20 * 30)
+    in_tiles(monkeypatch, 8 * 20 * 70)
     encode(random_input(20, 6), random_weights(6, 131), 5)
-    assert sizes == [30, 30, 30, 30, 11]
+    assert sizes == [64, 64, 3]
 
 
 @given(n=st.integers(1, 6), n_latents=st.integers(1, 40), data=st.data())
@@ -127,14 +138,101 @@ def test_sparse_decode_equals_dense(n: int, d_model: int, n_latents: int, k: int
     )
 
 
+# Groups
+
+
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("tile_bytes", [1, 2**20])
+def test_groups_of_latents_are_encoded_in_one_pass(monkeypatch: pytest.MonkeyPatch, screened: bool, tile_bytes: int) -> None:
+    in_tiles(monkeypatch, tile_bytes)
+    weights, x = random_weights(6, 300), random_input(20, 6)
+    if screened:
+        weights, x = {name: value.float() for name, value in weights.items()}, x.float()
+    members = torch.rand(300, generator=torch.Generator().manual_seed(3)) < 0.4
+    screen = Screen.of(weights["W_enc"], weights["b_enc"]) if screened else None
+    arguments = (x, weights["W_enc"], weights["b_enc"], weights["b_dec"])
+    everything, some = encode_groups(*arguments, [Group(5), Group(9, members)], screen)
+    torch.testing.assert_close(densify(*everything, 300), dense_encode(*arguments, 5))
+    torch.testing.assert_close(densify(*some, 300), dense_group_encode(*arguments, 9, members))
+    assert members[some.indices[some.acts > 0]].all()
+    assert not members[everything.indices].all()
+
+
+def test_a_group_with_few_members_is_filled_up_with_zeros() -> None:
+    weights, x = random_weights(6, 50), random_input(20, 6)
+    members = torch.zeros(50, dtype=torch.bool)
+    members[[3, 40]] = True
+    arguments = (x, weights["W_enc"], weights["b_enc"], weights["b_dec"])
+    codes = encode_groups(*arguments, [Group(5, members)])[0]
+    assert codes.acts.shape == (20, 5)
+    assert ((codes.acts > 0).sum(1) <= 2).all()
+    torch.testing.assert_close(densify(*codes, 50), dense_group_encode(*arguments, 2, members))
+
+
+# Screening
+
+
+def screened_problem(kind: str, n: int = 24, d_model: int = 32, n_latents: int = 3000) -> tuple[Tensor, dict[str, Tensor]]:
+    """Make activations and weights in fp32: random ones, or ones that half precision cannot tell apart."""
+    weights = {name: value.float() for name, value in random_weights(d_model, n_latents).items()}
+    x = 3 * random_input(n, d_model).float()
+    if kind == "close":
+        base, noise = weights["W_enc"][:1], weights["W_enc"]
+        weights |= {"W_enc": base + 1e-4 * noise, "b_enc": 1e-4 * weights["b_enc"]}
+    elif kind == "large offsets":
+        x = x + 200 * torch.nn.functional.normalize(weights["W_enc"][:1], dim=1)
+        weights["b_enc"] *= 30
+    elif kind == "rarely positive":
+        weights["b_enc"] -= 60
+    return x, weights
+
+
+@pytest.mark.parametrize("kind", ["random", "close", "large offsets", "rarely positive"])
+@pytest.mark.parametrize("tile_bytes", [2 * 24 * 320, 2**22])
+def test_screening_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, tile_bytes: int) -> None:
+    in_tiles(monkeypatch, tile_bytes)
+    x, weights = screened_problem(kind)
+    arguments = (x, weights["W_enc"], weights["b_enc"], weights["b_dec"])
+    codes = topk_encode(*arguments, 8, Screen.of(weights["W_enc"], weights["b_enc"]))
+    expected = dense_encode(*(value.double() for value in arguments), 8).topk(8, dim=1).values.float()
+    torch.testing.assert_close(codes.acts.sort(dim=1, descending=True).values, expected, rtol=1e-4, atol=1e-4)
+    pre_acts = ((x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"]).clamp_min(0)
+    torch.testing.assert_close(pre_acts.gather(1, codes.indices), codes.acts, rtol=1e-4, atol=1e-4)
+    assert all(len(set(row)) == 8 for row in codes.indices.tolist())
+
+
+def test_half_precision_alone_would_change_the_selection() -> None:
+    """Control: without the exact second look, the close latents are confused."""
+    x, weights = screened_problem("close")
+    rounded = {name: value.bfloat16().float() for name, value in weights.items()}
+    exact, screened = (encode(x, w, 8) for w in (weights, rounded))
+    assert any(set(a) != set(b) for a, b in zip(exact.indices.tolist(), screened.indices.tolist(), strict=True))
+
+
+# Gradients
+
+
+def collect(chunks: list[RowGradients]) -> RowGradients:
+    return RowGradients(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def all_gradients(x: Tensor, weights: dict[str, Tensor], codes: SparseCodes, grad: Tensor) -> RowGradients:
+    pairs = sort_by_latent(codes)
+    return collect(list(gradient_chunks(pairs, x - weights["b_dec"], grad, weights["W_dec"])))
+
+
+@pytest.mark.parametrize("chunk_pairs", [1, 7, 1024])
 @pytest.mark.parametrize(("n", "d_model", "n_latents", "k"), SHAPES)
-def test_sparse_gradients_equal_autograd(n: int, d_model: int, n_latents: int, k: int) -> None:
+def test_sparse_gradients_equal_autograd(
+    monkeypatch: pytest.MonkeyPatch, n: int, d_model: int, n_latents: int, k: int, chunk_pairs: int
+) -> None:
+    monkeypatch.setattr(kernels, "CHUNK_PAIRS", chunk_pairs)
     weights, x, grad = random_weights(d_model, n_latents), random_input(n, d_model), random_input(n, d_model, seed=2)
     codes = encode(x, weights, k)
-    found = sparse_gradients(x - weights["b_dec"], codes, grad, weights["W_dec"])
+    found = all_gradients(x, weights, codes, grad)
     leaves = {name: value.clone().requires_grad_() for name, value in weights.items()}
     (dense_reconstruction(x, leaves, k) * grad).sum().backward()
-    assert found.rows.tolist() == sorted(set(codes.indices.flatten().tolist()))
+    assert found.rows.tolist() == sorted(set(codes.indices[codes.acts > 0].tolist()))
     for name in ("W_enc", "b_enc", "W_dec"):
         expected = leaves[name].grad
         assert expected is not None
@@ -142,30 +240,56 @@ def test_sparse_gradients_equal_autograd(n: int, d_model: int, n_latents: int, k
         untouched = torch.ones(n_latents, dtype=torch.bool)
         untouched[found.rows] = False
         assert not expected[untouched].any()
-    torch.testing.assert_close(found.b_dec, leaves["b_dec"].grad)
 
 
-def test_latents_that_are_not_active_get_no_gradient() -> None:
+def test_latents_that_are_not_active_are_not_touched() -> None:
     weights, x = random_weights(4, 9), random_input(10, 4)
     weights["b_enc"][:3] = -100.0
     codes = encode(x, weights, 8)
-    found = sparse_gradients(x - weights["b_dec"], codes, random_input(10, 4, seed=2), weights["W_dec"])
-    dead, alive = found.rows < 3, found.rows >= 3
-    assert dead.any()
-    for name in ("W_enc", "b_enc", "W_dec"):
-        assert not getattr(found, name)[dead].any()
-        assert getattr(found, name)[alive].any()
+    assert (codes.indices < 3).any()
+    found = all_gradients(x, weights, codes, random_input(10, 4, seed=2))
+    assert (found.rows >= 3).all()
+    assert found.W_enc.any(dim=1).all()
 
 
-def test_the_sum_of_two_gradients_counts_shared_rows_twice() -> None:
+def test_no_chunk_has_more_pairs_than_allowed_unless_one_latent_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CHUNK_PAIRS", 10)
+    weights, x = random_weights(6, 50), random_input(40, 6)
+    pairs = sort_by_latent(encode(x, weights, 5))
+    counts = dict(zip(pairs.rows.tolist(), pairs.offsets.diff().tolist(), strict=True))
+    chunks = list(gradient_chunks(pairs, x, x, weights["W_dec"]))
+    assert len(chunks) > 5
+    assert all(len(rows) == 1 or sum(counts[row] for row in rows[:-1].tolist()) < 10 for rows, *_ in chunks)
+
+
+def test_pairs_list_every_act_once() -> None:
+    codes = encode(random_input(20, 6), random_weights(6, 50), 5)
+    pairs = sort_by_latent(codes)
+    latents = pairs.rows.repeat_interleave(pairs.offsets.diff())
+    found = set(zip(pairs.tokens.tolist(), latents.tolist(), pairs.acts.tolist(), strict=True))
+    expected = {
+        (token, latent, act)
+        for token in range(20)
+        for latent, act in zip(codes.indices[token].tolist(), codes.acts[token].tolist(), strict=True)
+        if act > 0
+    }
+    assert found == expected
+    assert len(pairs.tokens) == len(expected)
+
+
+def test_a_row_of_two_codes_gets_the_gradient_of_both() -> None:
     weights, x = random_weights(6, 50), random_input(20, 6)
     codes, centred = encode(x, weights, 5), x - weights["b_dec"]
-    parts = [
-        sparse_gradients(centred[rows], SparseCodes(codes.acts[rows], codes.indices[rows]), x[rows], weights["W_dec"])
-        for rows in (slice(0, 8), slice(8, 20))
-    ]
-    whole = sparse_gradients(centred, codes, x, weights["W_dec"])
-    total = add_gradients(*parts)
-    assert set(parts[0].rows.tolist()) & set(parts[1].rows.tolist())
-    for found, expected in zip(total, whole, strict=True):
+    grads = random_input(20, 6, seed=2), random_input(20, 6, seed=3)
+    both = collect(
+        list(gradient_chunks(sort_by_latent(codes, codes), torch.cat([centred] * 2), torch.cat(grads), weights["W_dec"]))
+    )
+    whole = all_gradients(x, weights, codes, grads[0] + grads[1])
+    for found, expected in zip(both, whole, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_no_activity_gives_no_gradient() -> None:
+    weights, x = random_weights(6, 50), random_input(20, 6)
+    pairs = sort_by_latent(SparseCodes(torch.zeros(20, 5), torch.zeros(20, 5, dtype=torch.int64)))
+    assert list(gradient_chunks(pairs, x, x, weights["W_dec"])) == []

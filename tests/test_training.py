@@ -12,8 +12,18 @@ from safetensors.torch import save_file
 from tiny import make_store
 
 from itd import SAE, ActivationStore, SAEConfig, TrainConfig, activations, train, training
-from itd.kernels import SparseGradients
-from itd.training import CHECKPOINT, PARAMETERS, Trainer, geometric_median, initial_weights, precision
+from itd.kernels import RowGradients
+from itd.training import (
+    CHECKPOINT,
+    PARAMETERS,
+    START_ROWS,
+    Trainer,
+    geometric_median,
+    initial_weights,
+    precision,
+    starting_rows,
+    write_moment,
+)  # fmt: skip
 
 SIZE = SAEConfig(d_model=12, n_latents=40, k=4)
 SHORT = TrainConfig(n_tokens=12 * 32, batch_tokens=32, warmup_steps=3, k_aux=8, dead_tokens=64, checkpoint_every=3)
@@ -40,6 +50,7 @@ def make_trainer(store: ActivationStore, config: SAEConfig, settings: TrainConfi
     if trainer.metric is not None:
         trainer.metric = trainer.metric.double()
     trainer.weights["W_dec"] /= trainer.weights["W_dec"].norm(dim=1, keepdim=True)
+    trainer.renew_screen()
     return trainer
 
 
@@ -78,13 +89,14 @@ def test_steps_with_dead_latents_equal_dense_adam_on_both_losses(store: Activati
     trainer.weights["W_enc"][:4] *= 1e-3
     trainer.weights["b_enc"][:4] = torch.tensor([0.01, 0.02, 0.03, 0.04], dtype=torch.float64)
     trainer.weights["b_enc"][4:] += 3.0
+    trainer.idle[:4] = settings.dead_tokens
     dense = DenseAdam(trainer.weights, trainer.rates)
     for step in range(6):
         x = trainer.draw(step)
         loss = dense_loss(x, dense.weights, config.k, trainer.variance, trainer.metric)
-        trainer.step(step)
         dead = trainer.idle >= settings.dead_tokens
         assert dead[:4].all()
+        trainer.step(step)
         loss = loss + settings.aux_weight * dense_aux_loss(x, dense.weights, config.k, dead, settings.k_aux, trainer.metric)
         dense.step(loss, trainer.learning_rate(step))
         touched = trainer.last_step == step
@@ -103,10 +115,7 @@ def test_moments_of_a_skipped_row_decay_as_if_its_gradient_had_been_zero(store: 
         dense_first, dense_second = 0.9 * dense_first + 0.1 * grad, 0.999 * dense_second + 0.001 * grad**2
         if grad.any():
             zero = torch.zeros(1, dtype=torch.float64)
-            gradients = SparseGradients(
-                torch.tensor([3]), grad[None], zero, torch.zeros_like(grad[None]), torch.zeros_like(grad)
-            )
-            trainer.update(gradients, step)
+            trainer.update(RowGradients(torch.tensor([3]), grad[None], zero, torch.zeros_like(grad[None])), step)
     torch.testing.assert_close(trainer.first["W_enc"][3], dense_first, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(trainer.second["W_enc"][3], dense_second, rtol=1e-5, atol=1e-9)
 
@@ -120,6 +129,59 @@ def test_rows_that_are_not_touched_stay_bit_identical(store: ActivationStore) ->
     for name, value in before.items():
         assert torch.equal(trainer.weights[name][untouched], value[untouched])
         assert not torch.equal(trainer.weights[name], value)
+
+
+def same_steps(*settings: TrainConfig, n_steps: int = 12) -> list[Trainer]:
+    trainers = [Trainer(make_store(), SIZE, each) for each in settings]
+    for step in range(n_steps):
+        for trainer in trainers:
+            trainer.step(step)
+    return trainers
+
+
+def test_screening_trains_the_same_weights() -> None:
+    always, never = same_steps(*(TrainConfig(**{**SHORT.__dict__, "screen": screen}) for screen in ("always", "never")))
+    assert always.screen is not None
+    assert never.screen is None
+    for name in PARAMETERS:
+        torch.testing.assert_close(always.weights[name], never.weights[name], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(always.screen.W[:, :-2].float(), always.weights["W_enc"].bfloat16().float())
+    torch.testing.assert_close(always.screen.norm, always.weights["W_enc"].norm(dim=1))
+
+
+def test_moments_in_half_precision_take_half_the_memory_and_lead_to_the_same_error(store: ActivationStore) -> None:
+    settings = TrainConfig(n_tokens=300 * 64, batch_tokens=64, lr=3e-3, dead_tokens=2000)
+    half = TrainConfig(**{**settings.__dict__, "moments": "bfloat16"})
+    full_trainer, half_trainer = Trainer(store, SIZE, settings), Trainer(store, SIZE, half)
+    assert 2 * half_trainer.second["W_enc"].nbytes == full_trainer.second["W_enc"].nbytes
+    assert half_trainer.second["b_enc"].dtype == torch.float32
+    errors = [train(store, SIZE, each).metrics["fvu"] for each in (settings, half)]
+    assert errors[1] < 1.02 * errors[0]
+
+
+def test_rounding_second_moments_keeps_their_mean() -> None:
+    """A moment that grows by a thousandth of itself a step would not move at all if it were rounded to nearest."""
+    moments, nearest = torch.full((64, 8), 1.0, dtype=torch.bfloat16), torch.ones(64, 8, dtype=torch.bfloat16)
+    rows = torch.arange(64)
+    for step in range(200):
+        write_moment(moments, rows, moments.float() * 1.001, (rows * 40_503 + step * 30_011) % 65_536)
+        nearest = (nearest.float() * 1.001).bfloat16()
+    assert float(moments.float().mean()) == pytest.approx(1.001**200, rel=0.01)
+    assert float(nearest.float().mean()) == 1.0
+
+
+def test_training_ends_with_the_error_of_dense_adam(store: ActivationStore) -> None:
+    """Rows that are not active stay where they are, while dense Adam lets them coast: it makes no difference to the error."""
+    settings = TrainConfig(n_tokens=300 * 64, batch_tokens=64, lr=3e-3, k_aux=0, init="random", whiten=False)
+    trainer = Trainer(store, SIZE, settings)
+    start = trainer.fvu(store.x)
+    dense = DenseAdam(trainer.weights, trainer.rates)
+    for step in range(settings.n_steps):
+        loss = dense_loss(trainer.draw(step), dense.weights, SIZE.k, trainer.variance)
+        dense.step(loss, trainer.learning_rate(step))
+        trainer.step(step)
+    dense_fvu = SAE(SIZE, **{name: value.detach() for name, value in dense.weights.items()}).fvu(store.x)
+    assert trainer.fvu(store.x) < 1.02 * dense_fvu < 0.5 * start
 
 
 def test_decoder_rows_keep_unit_norm(store: ActivationStore) -> None:
@@ -203,6 +265,18 @@ def test_starting_weights_reconstruct_better_than_nothing(store: ActivationStore
     assert unscaled.fvu(store.x) > SAE(SIZE, **weights).fvu(store.x)
 
 
+@pytest.mark.parametrize("init", ["data", "random"])
+def test_starting_rows_do_not_depend_on_the_range_that_is_asked_for(store: ActivationStore, init: Any) -> None:
+    config, settings = SAEConfig(d_model=12, n_latents=2 * START_ROWS + 100, k=4), TrainConfig(init=init)
+    whole = starting_rows(store, config, settings)
+    first, last = START_ROWS - 30, 2 * START_ROWS + 50
+    part = starting_rows(store, config, settings, first, last)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert torch.equal(part[name], whole[name][first:last])
+    assert torch.equal(part["b_dec"], whole["b_dec"])
+    assert not torch.equal(whole["W_dec"][:100], whole["W_dec"][START_ROWS : START_ROWS + 100])
+
+
 # AuxK
 
 
@@ -210,6 +284,7 @@ def kill_latents(trainer: Trainer, dead: slice) -> None:
     """Shrink encoder rows so far that their latents never reach the top k."""
     trainer.weights["W_enc"][dead] *= 1e-4
     trainer.weights["b_enc"][dead] = 1e-4
+    trainer.renew_screen()
 
 
 def dead_after(k_aux: int, ours: bool) -> tuple[float, float]:

@@ -1,19 +1,28 @@
 """Exact sparse kernels: tiled top-k encode, decode by embedding bag, gradients of touched rows only.
 
-Each has a naive dense twin in `tests/reference/`. None ever holds tokens x n_latents.
+Each has a naive dense twin in `tests/reference/`. None ever holds tokens x n_latents, nor a copy of a weight matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-TILE_BYTES = 64 * 2**20
-"""Upper bound of a tile's pre-activations, in bytes."""
+from itd.screening import Screen
+from itd.selection import BLOCK, Pool
+
+TILE_BYTES = 4 * 2**20
+"""Upper bound of a tile's pre-activations, in bytes: a tile that stays in the cache is selected from almost for free."""
+RESCORE_BYTES = 4 * 2**20
+"""Upper bound of the encoder rows that are gathered at a time to score candidates exactly, in bytes."""
+CHUNK_PAIRS = 1024
+"""Pairs of latent and token whose gradients are computed at a time, so that all of it stays in the cache."""
 
 
 class SparseCodes(NamedTuple):
@@ -23,14 +32,35 @@ class SparseCodes(NamedTuple):
     indices: Int[Tensor, "*batch k"]
 
 
-class SparseGradients(NamedTuple):
-    """Gradients of an autoencoder's parameters on the rows that were active."""
+class Group(NamedTuple):
+    """Among which latents the k largest are sought: all, or the members."""
+
+    k: int
+    members: Bool[Tensor, " n_latents"] | None = None
+
+
+class Pairs(NamedTuple):
+    """Which tokens each latent is active at: codes sorted by latent.
+
+    The pairs of `rows[i]` are those from `offsets[i]` to `offsets[i + 1]`; rows are sorted and unique, acts positive.
+    """
+
+    rows: Int[Tensor, " rows"]
+    offsets: Int[Tensor, " rows+1"]
+    tokens: Int[Tensor, " pairs"]
+    acts: Float[Tensor, " pairs"]
+
+
+class RowGradients(NamedTuple):
+    """Gradients of an autoencoder's parameters on some of the rows that were active."""
 
     rows: Int[Tensor, " rows"]
     W_enc: Float[Tensor, "rows d_model"]
     b_enc: Float[Tensor, " rows"]
     W_dec: Float[Tensor, "rows d_model"]
-    b_dec: Float[Tensor, " d_model"]
+
+
+# Encode
 
 
 def topk_encode(
@@ -39,22 +69,94 @@ def topk_encode(
     b_enc: Float[Tensor, " n_latents"],
     b_dec: Float[Tensor, " d_model"],
     k: int,
+    screen: Screen | None = None,
 ) -> SparseCodes:
     """Encode by `topk(relu((x - b_dec) @ W_enc.T + b_enc), k)`, tile by tile over the latents.
 
-    The top k of every tile contain the top k of the whole, so the result is exact.
+    With `screen`, tiles are computed in half precision, and whatever may be among the k largest by the screen's error
+    bound is computed again in full: the result is the same.
     """
-    centred, n_latents = x - b_dec, len(W_enc)
-    tile = min(n_latents, max(4 * k, TILE_BYTES // (4 * max(1, len(x)))))
-    best: SparseCodes | None = None
-    for start in range(0, n_latents, tile):
-        rows = slice(start, start + tile)
-        pre_acts = torch.addmm(b_enc[rows], centred, W_enc[rows].T)
-        acts, indices = pre_acts.topk(min(k, pre_acts.shape[1]), dim=1, sorted=False)
-        found = SparseCodes(acts, indices + start)
-        best = found if best is None else keep_largest(best, found, k)
-    assert best is not None
-    return SparseCodes(best.acts.clamp_min(0), best.indices)
+    return encode_groups(x, W_enc, b_enc, b_dec, [Group(k)], screen)[0]
+
+
+def encode_groups(
+    x: Float[Tensor, "n d_model"],
+    W_enc: Float[Tensor, "n_latents d_model"],
+    b_enc: Float[Tensor, " n_latents"],
+    b_dec: Float[Tensor, " d_model"],
+    groups: Sequence[Group],
+    screen: Screen | None = None,
+) -> list[SparseCodes]:
+    """Encode once, and return the largest of each group of latents.
+
+    A group with fewer than k members, or fewer than k active ones, is filled up with acts of 0.
+    """
+    centred = x - b_dec
+    bound, norm = (None, None) if screen is None else (screen.bound(centred, b_enc), screen.norm)
+    like = centred if screen is None else centred[:0].float()
+    pools = [Pool(len(x), group.k, like, bound, norm) for group in groups]
+    if len(x) == 0:
+        return [SparseCodes(x.new_zeros(0, g.k), torch.zeros(0, g.k, dtype=torch.int64, device=x.device)) for g in groups]
+    for indices, pre_acts in tiles(centred, W_enc, b_enc, screen, max(group.k for group in groups)):
+        for group, pool in zip(groups, pools, strict=True):
+            if group.members is None:
+                pool.offer(pre_acts, indices)
+            elif len(local := group.members[indices].nonzero().flatten()):
+                pool.offer(pre_acts[local], indices[local])
+    for pool in pools:
+        pool.compact()
+    if screen is None:
+        return [SparseCodes(pool.upper[:, : pool.k].clamp_min(0), pool.indices[:, : pool.k].clone()) for pool in pools]
+    codes = [score_candidates(centred, W_enc, b_enc, pool) for pool in pools]
+    unsure = torch.stack([pool.overflow for pool in pools]).any(0).nonzero().flatten()
+    if len(unsure):
+        for known, exact in zip(codes, encode_groups(x[unsure], W_enc, b_enc, b_dec, groups), strict=True):
+            known.acts[unsure], known.indices[unsure] = exact
+    return codes
+
+
+def tiles(
+    centred: Float[Tensor, "n d_model"],
+    W_enc: Float[Tensor, "n_latents d_model"],
+    b_enc: Float[Tensor, " n_latents"],
+    screen: Screen | None,
+    k: int,
+) -> Iterator[tuple[Int[Tensor, " tile"], Float[Tensor, "tile n"]]]:
+    """Yield the latents and pre-activations of each tile; the memory of a tile is used again for the next."""
+    n_latents, n = len(W_enc), len(centred)
+    matrix, columns = (W_enc, centred.T) if screen is None else (screen.W, screen.columns(centred))
+    fitting = TILE_BYTES // (matrix.element_size() * n)
+    size = min(n_latents, max(4 * k, fitting - fitting % BLOCK))
+    buffer = matrix.new_empty(size, n)
+    for indices in torch.arange(n_latents, device=centred.device).split(size):
+        rows = slice(int(indices[0]), int(indices[0]) + len(indices))
+        out = buffer[: len(indices)]
+        if screen is None:
+            torch.addmm(b_enc[rows, None], matrix[rows], columns, out=out)
+        else:
+            torch.mm(matrix[rows], columns, out=out)
+        yield indices, out
+
+
+def score_candidates(
+    centred: Float[Tensor, "n d_model"],
+    W_enc: Float[Tensor, "n_latents d_model"],
+    b_enc: Float[Tensor, " n_latents"],
+    pool: Pool,
+) -> SparseCodes:
+    """Compute the candidates of a pool exactly and return the k largest of each token."""
+    acts, indices = centred.new_empty(len(centred), pool.k), pool.indices.new_empty(len(centred), pool.k)
+    widths = pool.fill.clamp_min(pool.k)
+    n_tokens = max(1, RESCORE_BYTES // (int(widths.max()) * centred.shape[1] * centred.element_size()))
+    for tokens in torch.arange(len(centred), device=centred.device).split(n_tokens):
+        width = int(widths[tokens].max())
+        candidates, upper = pool.indices[tokens, :width], pool.upper[tokens, :width]
+        rows = W_enc[candidates.flatten()].view(len(tokens), width, -1)
+        exact = torch.bmm(rows, centred[tokens, :, None])[:, :, 0] + b_enc[candidates]
+        exact = torch.where(upper.isfinite(), exact, -torch.inf)
+        largest, order = exact.topk(pool.k, dim=1, sorted=False)
+        acts[tokens], indices[tokens] = largest.clamp_min(0), candidates.gather(1, order)
+    return SparseCodes(acts, indices)
 
 
 def keep_largest(a: SparseCodes, b: SparseCodes, k: int) -> SparseCodes:
@@ -66,39 +168,57 @@ def keep_largest(a: SparseCodes, b: SparseCodes, k: int) -> SparseCodes:
     return SparseCodes(acts, indices.gather(1, order))
 
 
+# Decode
+
+
 def sparse_decode(codes: SparseCodes, W_dec: Float[Tensor, "n_latents d_model"]) -> Float[Tensor, "n d_model"]:
     """Return `sum_j acts_j * W_dec[indices_j]` for flat codes of shape (n, k)."""
     return F.embedding_bag(codes.indices, W_dec, mode="sum", per_sample_weights=codes.acts)
 
 
-def sparse_gradients(
+# Gradients
+
+
+def sort_by_latent(*codes: SparseCodes) -> Pairs:
+    """Return the active pairs of codes of shape (n, k), sorted by latent; the tokens of each further codes count on."""
+    tokens, first = [], 0
+    for each in codes:
+        n, k = each.acts.shape
+        tokens.append(torch.arange(first, first + n, device=each.acts.device).repeat_interleave(k))
+        first += n
+    acts, latents = (torch.cat([part.flatten() for part in parts]) for parts in zip(*codes, strict=True))
+    active = (acts > 0).nonzero().flatten()
+    latents, order = latents[active].sort(stable=True)
+    rows, counts = latents.unique_consecutive(return_counts=True)
+    chosen = active[order]
+    return Pairs(rows, F.pad(counts.cumsum(0), (1, 0)), torch.cat(tokens)[chosen], acts[chosen])
+
+
+def gradient_chunks(
+    pairs: Pairs,
     centred: Float[Tensor, "n d_model"],
-    codes: SparseCodes,
     grad: Float[Tensor, "n d_model"],
     W_dec: Float[Tensor, "n_latents d_model"],
-) -> SparseGradients:
-    """Back-propagate `grad` (of the loss by the reconstruction) through decode and encode.
+) -> Iterator[RowGradients]:
+    """Back-propagate `grad` (of the loss by the reconstruction) through decode and encode, some rows at a time.
 
-    Rows are sorted and unique. The gradient of `b_dec` counts its use in the decoder only, as in OpenAI's trainer.
+    dL/dW_dec_j = sum_t acts_tj grad_t; dL/dW_enc_j = sum_t (W_dec_j grad_t) centred_t; dL/db_enc_j = sum_t W_dec_j grad_t
+
+    A row may be changed as soon as its gradient was yielded. Sums are taken in the same order every time, on GPUs too.
     """
-    n, k = codes.indices.shape
-    acts_grad = torch.bmm(W_dec[codes.indices], grad[:, :, None])[:, :, 0] * (codes.acts > 0)
-    rows, inverse = codes.indices.flatten().unique(return_inverse=True)
-    positions = torch.stack([inverse, torch.arange(n, device=inverse.device).repeat_interleave(k)])
+    steps = torch.arange(0, len(pairs.tokens), CHUNK_PAIRS, device=pairs.offsets.device)
+    starts = torch.searchsorted(pairs.offsets[:-1], steps).unique().tolist()
+    for first, last in pairwise(sorted({*starts, len(pairs.rows)})):
+        rows, offsets = pairs.rows[first:last], pairs.offsets[first : last + 1]
+        low, high = int(offsets[0]), int(offsets[-1])
+        tokens, acts = pairs.tokens[low:high], pairs.acts[low:high]
+        local = torch.arange(len(rows), device=rows.device).repeat_interleave(offsets.diff())
+        acts_grad = (W_dec[rows[local]] * grad[tokens]).sum(1)
 
-    def gather(values: Float[Tensor, "n k"], vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "rows d_model"]:
-        weights = torch.sparse_coo_tensor(positions, values.flatten(), (len(rows), n), check_invariants=False)
-        return torch.sparse.mm(weights.coalesce(), vectors)
-
-    b_enc = torch.zeros(len(rows), dtype=grad.dtype, device=grad.device).index_add_(0, inverse, acts_grad.flatten())
-    return SparseGradients(rows, gather(acts_grad, centred), b_enc, gather(codes.acts, grad), grad.sum(0))
-
-
-def add_gradients(a: SparseGradients, b: SparseGradients) -> SparseGradients:
-    """Return the sum of two gradients; rows sorted and unique."""
-    rows, inverse = torch.cat([a.rows, b.rows]).unique(return_inverse=True)
-
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        return x.new_zeros(len(rows), *x.shape[1:]).index_add_(0, inverse, torch.cat([x, y]))
-
-    return SparseGradients(rows, total(a.W_enc, b.W_enc), total(a.b_enc, b.b_enc), total(a.W_dec, b.W_dec), a.b_dec + b.b_dec)
+        bags, each = offsets[:-1] - low, torch.arange(len(tokens), device=rows.device)
+        yield RowGradients(
+            rows,
+            F.embedding_bag(tokens, centred, bags, mode="sum", per_sample_weights=acts_grad),
+            F.embedding_bag(each, acts_grad[:, None], bags, mode="sum")[:, 0],
+            F.embedding_bag(tokens, grad, bags, mode="sum", per_sample_weights=acts),
+        )

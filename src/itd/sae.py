@@ -24,8 +24,6 @@ from itd.hooks import HookPoint
 from itd.kernels import SparseCodes, sparse_decode, topk_encode
 
 KIND = "sae"
-TRAINING_COPIES = 4
-"""Weights, two Adam moments and working rows, per parameter, while training."""
 
 
 @dataclass(frozen=True)

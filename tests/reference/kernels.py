@@ -13,6 +13,13 @@ def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int)
     return torch.where(pre_acts >= smallest_kept, pre_acts, torch.zeros_like(pre_acts)).relu()
 
 
+def dense_group_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, members: Tensor) -> Tensor:
+    """Return (n, n_latents) codes of the k largest among the members; all else is zero."""
+    codes = torch.zeros(len(x), len(W_enc), dtype=x.dtype)
+    codes[:, members] = dense_encode(x, W_enc[members], b_enc[members], b_dec, k)
+    return codes
+
+
 def dense_decode(codes: Tensor, W_dec: Tensor) -> Tensor:
     return codes @ W_dec
 
