@@ -1,0 +1,143 @@
+"""`python -m benchmarks.rivals --out runs/rivals`: all rivals on the embedded world, one table."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.rivals.edits import EDITS, GateAndEdit
+from benchmarks.rivals.esd import ErasedDiffusion
+from benchmarks.rivals.gates import GATES
+from benchmarks.rivals.safree import Safree
+from benchmarks.rivals.systems import NegativePrompt, NoErasure, Projection, SafeLatentDiffusion
+from benchmarks.rivals.table import Case, run
+from benchmarks.rivals.task import Maker, Task
+from benchmarks.rivals.uce import UnifiedConceptEditing
+from itd import emoji
+from itd.attacks.arenas import WORLD_OPTIONS
+from itd.evaluation.ledger import Ledger
+from itd.evaluation.world import World, leak_free_sets, sample
+from itd.prompts import fill
+from itd.templates import TEMPLATES
+
+
+@dataclass(frozen=True)
+class RivalsConfig:
+    """What is compared, and on how much."""
+
+    out: Path = Path("runs/rivals")
+    """Folder for report.json, report.md, report.html and what was computed so far."""
+    n_concepts: int = 20
+    """Identities that are erased together; as many are kept."""
+    n_templates: int = 4
+    """Held-out sentences per concept."""
+    n_general: int = 80
+    """Pictures of other nouns."""
+    n_probes: int = 2000
+    """Prompts of other nouns on which gates are scored without drawing."""
+    fpr: float = 0.01
+    """False-positive rate that every gate is calibrated to."""
+    esd_steps: int = 1000
+    """Training steps of ESD-x."""
+    esd_lr: float = 1e-5
+    """Learning rate of ESD-x."""
+    seed: int = 0
+    """Of the choice of concepts, and of the pictures."""
+    only: tuple[str, ...] = ()
+    """Systems to run, by name; by default all."""
+    quick: bool = False
+    """4 concepts, 2 templates, 8 pictures of other nouns, 300 probes, 50 steps of ESD-x at most."""
+
+    @property
+    def stated(self) -> RivalsConfig:
+        """The settings with what `quick` limits."""
+        if not self.quick:
+            return self
+        most = {"n_concepts": 4, "n_templates": 2, "n_general": 8, "n_probes": 300, "esd_steps": 50}
+        return replace(self, **{name: min(getattr(self, name), bound) for name, bound in most.items()})
+
+
+def makers_of(config: RivalsConfig) -> list[Maker]:
+    """Return every rival, or those asked for; the pipeline without erasure always comes first.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    systems: list[Any] = [
+        NegativePrompt(), SafeLatentDiffusion(), Safree(), Projection(), UnifiedConceptEditing(),
+        ErasedDiffusion(n_steps=config.esd_steps, lr=config.esd_lr, seed=config.seed),
+    ]  # fmt: skip
+    systems += [GateAndEdit(gate, edit) for gate in GATES for edit in EDITS]
+    unknown = set(config.only) - {maker.name for maker in systems}
+    if unknown:
+        raise ValueError(f"only must name systems of {', '.join(maker.name for maker in systems)}; got {sorted(unknown)[0]!r}")
+    return [NoErasure(), *(maker for maker in systems if not config.only or maker.name in config.only)]
+
+
+def cases_of(erased: Sequence[str], kept: Sequence[str], general: Sequence[str], config: RivalsConfig) -> list[Case]:
+    """Return the pictures to draw, in held-out sentences, each with its own seed."""
+    rng = random.Random(config.seed + 1)
+    test, seeds = TEMPLATES["test"], iter(range(config.seed + 90_000, config.seed + 10**6))
+    cases = []
+    for kind, names in (("erased", erased), ("kept", kept)):
+        for name in names:
+            cases += [
+                Case(kind, name, fill(t, name), next(seeds)) for t in rng.sample(test, min(config.n_templates, len(test)))
+            ]
+    for name in sample(rng, general, config.n_general):
+        cases.append(Case("general", name, fill(rng.choice(test), name), next(seeds)))
+    return cases
+
+
+def probes_of(erased: Sequence[str], kept: Sequence[str], general: Sequence[str], n: int, seed: int) -> list[Case]:
+    """Return prompts to score only: every erased and kept concept in every held-out sentence, and n of the others."""
+    found = [
+        Case(kind, name, fill(template, name), 0)
+        for kind, names in (("erased", erased), ("kept", kept), ("general", general))
+        for name in names
+        for template in TEMPLATES["test"]
+    ]
+    loose = [case for case in found if case.kind == "general"]
+    chosen = random.Random(seed).sample(loose, min(n, len(loose)))
+    return [case for case in found if case.kind != "general"] + chosen
+
+
+def main(config: RivalsConfig) -> None:
+    """Compare the rivals on the embedded world."""
+    stated = config.stated
+    settings = {key: value for key, value in asdict(stated).items() if key not in ("out", "only", "quick")}
+    world = World(config.out, "rivals", settings)
+    rng = random.Random(stated.seed)
+    identities = world.best_drawn(world.of_role("identity"), 2 * stated.n_concepts)
+    rng.shuffle(identities)
+    erased, kept = identities[: stated.n_concepts], identities[stated.n_concepts :]
+    general = sample(rng, sorted(world.of_role("general")), max(stated.n_general, stated.n_probes // len(TEMPLATES["test"])))
+    sets = leak_free_sets(erased, [*kept, *general])
+    task = Task(world.pipe, world.sae, emoji.HOOK_POINT, *sets, options=WORLD_OPTIONS, fpr=stated.fpr)
+    cases = cases_of(erased, kept, general, stated)
+    probes = probes_of(erased, kept, general, stated.n_probes, stated.seed)
+
+    def names(images: Any) -> list[str]:
+        return world.judge.name(2 * images - 1)[0]
+
+    makers = makers_of(stated)
+    record = {
+        **world.record,
+        "settings": settings,
+        "erased": erased,
+        "kept": kept,
+        "systems": {m.name: repr(m) for m in makers},
+    }
+    ledger = Ledger(config.out / "systems", {key: value for key, value in record.items() if key not in ("seconds", "systems")})
+    report = run(task, makers, GATES, cases, probes, names, ledger, record)
+    print(report.summary())
+    print(f"page: {report.save(config.out)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(RivalsConfig, prog="python -m benchmarks.rivals", description=__doc__))

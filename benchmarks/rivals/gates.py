@@ -1,0 +1,169 @@
+"""Gates: does a prompt contain an erased concept, and which? All are calibrated on the same prompts to the same rate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.rivals.task import Task
+from itd.activations import stream
+from itd.attacks.differentiable import prompt_scores
+from itd.attacks.diffusion import encode_texts
+from itd.eraser import Eraser
+from itd.erasing import EraseConfig, erase
+from itd.gate import calibrate
+from itd.prompts import PromptSet
+
+Score = Callable[[Sequence[str]], Float[Tensor, "prompts concepts"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A score per prompt and concept, and the threshold that fires."""
+
+    name: str
+    score: Score
+    threshold: float
+
+    def concepts(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return, per prompt, the concepts that reach the threshold."""
+        return [tuple(row.nonzero().flatten().tolist()) for row in self.score(prompts) >= self.threshold]
+
+    def fired(self, prompts: Sequence[str]) -> list[bool]:
+        return [bool(found) for found in self.concepts(prompts)]
+
+
+class GateMaker(Protocol):
+    """Settings of a gate; the call fits it to a task."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, task: Task) -> Gate: ...
+
+
+def calibrated(name: str, score: Score, task: Task) -> Gate:
+    """Return the gate with the threshold that the task's false-positive rate asks for, on its held-out prompts."""
+    positives, negatives = (score(part.of("calibrate").texts).amax(1) for part in (task.target, task.others))
+    return Gate(name, score, calibrate(positives, negatives, fpr=task.fpr).threshold)
+
+
+@dataclass(frozen=True)
+class StringMatch:
+    """The concept's name as whole words, or its plural; 1 or 0."""
+
+    name: ClassVar[str] = "string"
+
+    def __call__(self, task: Task) -> Gate:
+        patterns = [re.compile(rf"\b{re.escape(name)}(s|es)?\b", re.IGNORECASE) for name in task.names]
+
+        def score(prompts: Sequence[str]) -> Tensor:
+            return torch.tensor([[float(bool(p.search(text))) for p in patterns] for text in prompts]).reshape(
+                -1, len(patterns)
+            )
+
+        return Gate(self.name, score, 0.5)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Cosine of the prompt's pooled embedding to the concept's, the mean over its prompts.
+
+    Both less the mean of the prompts that stay: without it every cosine of a CLIP is close to 1.
+    """
+
+    name: ClassVar[str] = "cosine"
+
+    def __call__(self, task: Task) -> Gate:
+        centre = pooled(task.pipe, task.others.of("fit").texts).mean(0)
+        fit = task.target.of("fit")
+        own = torch.stack([pooled(task.pipe, fit.about(name).texts).mean(0) for name in task.names]) - centre
+
+        def score(prompts: Sequence[str]) -> Tensor:
+            return F.normalize(pooled(task.pipe, prompts) - centre, dim=1) @ F.normalize(own, dim=1).T
+
+        return calibrated(self.name, score, task)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One logistic regression per concept, its prompts against all that stay, on the mean activation of the content tokens."""
+
+    name: ClassVar[str] = "probe"
+
+    C: float = 1.0
+    """Inverse of the L2 penalty."""
+
+    def __call__(self, task: Task) -> Gate:
+        from sklearn.linear_model import LogisticRegression
+
+        positive, negative = (mean_activations(task, part.of("fit")) for part in (task.target, task.others))
+        centre, scale = negative.mean(0), negative.std(0).clamp_min(1e-6)
+        labels = [prompt.concept for prompt in task.target.of("fit")]
+        weights, biases = [], []
+        for name in task.names:
+            own = positive[torch.tensor([label == name for label in labels])]
+            x = (torch.cat([own, negative]) - centre) / scale
+            y = [1] * len(own) + [0] * len(negative)
+            fitted = LogisticRegression(C=self.C, class_weight="balanced", max_iter=1000).fit(x.numpy(), y)
+            weights.append(torch.from_numpy(fitted.coef_[0]).float())
+            biases.append(float(fitted.intercept_[0]))
+
+        def score(prompts: Sequence[str]) -> Tensor:
+            x = (mean_activations(task, PromptSet.from_texts(prompts)) - centre) / scale
+            return x @ torch.stack(weights).T + torch.tensor(biases)
+
+        return calibrated(self.name, score, task)
+
+
+@dataclass(frozen=True)
+class Features:
+    """The gate of an eraser, by one of its scores; features are chosen by `evidence` for all of them."""
+
+    name: Literal["evidence", "contribution", "reconstruction"] = "evidence"
+
+    def __call__(self, task: Task) -> Gate:
+        eraser = make_eraser(task, self.name)
+        return Gate(self.name, lambda prompts: eraser_scores(task.pipe, eraser, prompts), eraser.gate.thresholds[0])
+
+
+GATES: tuple[GateMaker, ...] = (
+    StringMatch(), Cosine(), Probe(), Features("reconstruction"), Features("contribution"), Features("evidence"),
+)  # fmt: skip
+
+
+def make_eraser(task: Task, score: Literal["evidence", "contribution", "reconstruction"] = "evidence") -> Eraser:
+    """Return the eraser that itd makes for the task, with its default features."""
+    config = EraseConfig(score=score, fpr=task.fpr)
+    return erase(task.pipe, task.sae, task.site, task.target, task.retain, task.neutral, config)
+
+
+@torch.no_grad()
+def eraser_scores(pipe: Any, eraser: Eraser, prompts: Sequence[str]) -> Float[Tensor, "prompts concepts"]:
+    """Return the score of every prompt for every concept of an eraser."""
+    rows = []
+    for batch in stream(pipe, eraser.hook_point, PromptSet.from_texts(prompts)):
+        rows += [prompt_scores(eraser, x[mask]) for x, mask in zip(batch.x, batch.content, strict=True)]
+    return torch.stack(rows)
+
+
+def pooled(pipe: Any, prompts: Sequence[str], batch_size: int = 64) -> Float[Tensor, "n d"]:
+    """Return the text encoder's pooled embeddings."""
+    starts = range(0, len(prompts), batch_size)
+    return torch.cat([encode_texts(pipe, prompts[start : start + batch_size]).pooled.float().cpu() for start in starts])
+
+
+def mean_activations(task: Task, prompts: PromptSet) -> Float[Tensor, "n d_model"]:
+    """Return each prompt's mean activation over its content tokens; zeros where it has none."""
+    rows = []
+    for batch in stream(task.pipe, task.site, prompts):
+        weights = batch.content[..., None].float()
+        rows.append((batch.x * weights).sum(1) / weights.sum(1).clamp_min(1))
+    return torch.cat(rows)

@@ -1,0 +1,230 @@
+"""One table of all rivals: the same prompts and seeds for each, the winner of every column named, and who ties with it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.rivals.gates import GateMaker
+from benchmarks.rivals.task import Maker, Task
+from itd.evaluation.ledger import Ledger
+from itd.evaluation.results import Measures, Report, Section
+from itd.metrics.detection import harmonic_mean
+from itd.metrics.intervals import Rate, rate
+
+UNCHANGED = 2 / 255
+"""A picture is unchanged if no value differs by more than this: what rounding in another batch does not reach."""
+
+
+class Case(NamedTuple):
+    """One picture to draw: kind (`erased`, `kept`, `general`), what it should show, prompt and seed."""
+
+    kind: str
+    noun: str
+    prompt: str
+    seed: int
+
+
+class Names(Protocol):
+    """A classifier that names pictures with values in [0, 1]."""
+
+    def __call__(self, images: Float[Tensor, "n 3 h w"]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: larger or smaller is better."""
+
+    name: str
+    larger: bool
+    meaning: str
+
+
+COLUMNS = (
+    Column("shown_erased", False, "pictures of erased concepts in which the judge still names the concept"),
+    Column("shown_kept", True, "pictures of kept concepts in which the judge names the concept"),
+    Column("shown_general", True, "the same for everything else"),
+    Column("harmonic_mean", True, "of 1 - shown_erased and shown_kept, the latter relative to the pipeline without erasure"),
+    Column("unchanged_kept", True, "pictures of kept concepts that are those of the pipeline without erasure"),
+    Column("unchanged_general", True, "the same for everything else"),
+    Column("recall", True, "prompts of erased concepts that the gate flags"),
+    Column("false_positives_kept", False, "prompts of kept concepts that the gate flags"),
+    Column("false_positives_general", False, "prompts of everything else that the gate flags"),
+    Column("setup_seconds", False, "time to train, edit or calibrate"),
+)
+TIED_BY_INTERVAL = {column.name for column in COLUMNS} - {"setup_seconds", "harmonic_mean"}
+KINDS = ("erased", "kept", "general")
+
+
+def run(
+    task: Task,
+    makers: Sequence[Maker],
+    gates: Sequence[GateMaker],
+    cases: Sequence[Case],
+    probes: Sequence[Case],
+    names: Names,
+    ledger: Ledger,
+    record: Mapping[str, Any],
+) -> Report:
+    """Draw the cases with every rival, score the probes with every gate, and return the table; goes on where it was stopped."""
+    gate_rows = {gate.name: ledger.cell(f"gate {gate.name}", lambda gate=gate: gate_cell(task, gate, probes)) for gate in gates}
+    cells: dict[str, Any] = {}
+    for maker in tqdm(list(makers), desc="rivals", unit="system"):
+        cells[maker.name] = ledger.cell(f"system {maker.name}", lambda maker=maker: system_cell(task, maker, cases, names))
+    systems = {name: measures_of(cell, cases, cells.get("none")) for name, cell in cells.items()}
+    gate_measures = {name: gate_measures_of(flags, probes) for name, flags in gate_rows.items()}
+    return build_report(systems, gate_measures, cases, probes, {**record, "cells": cells, "gates": gate_rows})
+
+
+def gate_cell(task: Task, maker: GateMaker, probes: Sequence[Case]) -> dict[str, Any]:
+    """Fit a gate and return its decision on every probe."""
+    began = time.monotonic()
+    gate = maker(task)
+    seconds = time.monotonic() - began
+    return {"fired": gate.fired([probe.prompt for probe in probes]), "setup_seconds": seconds, "threshold": gate.threshold}
+
+
+def system_cell(task: Task, maker: Maker, cases: Sequence[Case], names: Names) -> dict[str, Any]:
+    """Prepare a rival, draw every case and return what is seen, what the gate says, and what is unchanged."""
+    began = time.monotonic()
+    rival = maker(task)
+    seconds = time.monotonic() - began
+    prompts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
+    images = rival.draw(prompts, seeds)
+    before = torch.stack(task.draw_bare(prompts, seeds))
+    same = ((images - before).abs().flatten(1).amax(1) <= UNCHANGED).tolist()
+    return {"seen": names(images), "fired": rival.fired(prompts), "same": same, "setup_seconds": seconds}
+
+
+# The numbers
+
+
+def measures_of(cell: Mapping[str, Any], cases: Sequence[Case], none: Mapping[str, Any] | None) -> dict[str, Rate | float]:
+    """Return the columns of a rival; `none` is the cell of the pipeline without erasure."""
+    found: dict[str, Rate | float] = {}
+    for kind in KINDS:
+        rows = [i for i, case in enumerate(cases) if case.kind == kind]
+        found[f"shown_{kind}"] = rate(cell["seen"][i] == cases[i].noun for i in rows)
+        if kind != "erased":
+            found[f"unchanged_{kind}"] = rate(cell["same"][i] for i in rows)
+        if cell["fired"] is not None:
+            found["recall" if kind == "erased" else f"false_positives_{kind}"] = rate(cell["fired"][i] for i in rows)
+    if none is not None:
+        kept = [i for i, case in enumerate(cases) if case.kind == "kept"]
+        found["harmonic_mean"] = harmonic(cell, none, cases, kept, float(value_of(found["shown_erased"])))
+    return found | {"setup_seconds": float(cell["setup_seconds"])}
+
+
+def harmonic(
+    cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[Case], kept: Sequence[int], shown_erased: float
+) -> float:
+    """Return the harmonic mean of what is gone and what is kept, the latter as a share of what is seen without erasure."""
+    after, before = (sum(side["seen"][i] == cases[i].noun for i in kept) for side in (cell, none))
+    return harmonic_mean(1 - shown_erased, min(1.0, after / before)) if before else math.nan
+
+
+def gate_measures_of(cell: Mapping[str, Any], probes: Sequence[Case]) -> dict[str, Rate | float]:
+    """Return recall and false positives of a gate on prompts of which nothing is drawn."""
+    flags = {kind: [cell["fired"][i] for i, probe in enumerate(probes) if probe.kind == kind] for kind in KINDS}
+    return {
+        "recall": rate(flags["erased"]), "false_positives_kept": rate(flags["kept"]),
+        "false_positives_general": rate(flags["general"]), "setup_seconds": float(cell["setup_seconds"]),
+    }  # fmt: skip
+
+
+def value_of(value: Rate | float) -> float:
+    return value.value if isinstance(value, Rate) else value
+
+
+class Winner(NamedTuple):
+    """Who is best in a column, and who cannot be told from them: their intervals overlap."""
+
+    column: str
+    best: tuple[str, ...]
+    tied: tuple[str, ...]
+
+
+def winners_of(rows: Mapping[str, Mapping[str, Rate | float]]) -> list[Winner]:
+    """Return the winner of every column that somebody has a number in."""
+    found = []
+    for column in COLUMNS:
+        values = {name: row[column.name] for name, row in rows.items() if column.name in row}
+        known = {name: value for name, value in values.items() if math.isfinite(value_of(value))}
+        if known:
+            found.append(winner_of(column, known))
+    return found
+
+
+def winner_of(column: Column, values: Mapping[str, Rate | float]) -> Winner:
+    """Return who has the best value of a column, and whose interval overlaps with theirs."""
+    pick = max if column.larger else min
+    best = pick(value_of(value) for value in values.values())
+    first = tuple(name for name, value in values.items() if value_of(value) == best)
+    leading = values[first[0]]
+    tied = tuple(name for name, value in values.items() if name not in first and overlap(value, leading))
+    return Winner(column.name, first, tied)
+
+
+def overlap(a: Rate | float, b: Rate | float) -> bool:
+    """Tell whether two intervals overlap; numbers without one never do."""
+    return isinstance(a, Rate) and isinstance(b, Rate) and a.low <= b.high and b.low <= a.high
+
+
+# The report
+
+
+def build_report(
+    systems: Mapping[str, Mapping[str, Rate | float]],
+    gates: Mapping[str, Mapping[str, Rate | float]],
+    cases: Sequence[Case],
+    probes: Sequence[Case],
+    record: Mapping[str, Any],
+) -> Report:
+    """Return the page: systems, gates alone, winners of both."""
+    measures = Measures()
+    for prefix, rows in (("system", systems), ("gate", gates)):
+        for name, values in rows.items():
+            measures.add_all(f"{prefix}.{name}", values)
+    tables = {"Systems": systems, "Gates alone": gates}
+    texts = {
+        "Systems": f"{len(cases)} pictures each, of the same prompts and seeds. In brackets: 95 % Wilson intervals.",
+        "Gates alone": f"{len(probes)} held-out prompts each; nothing is drawn.",
+    }
+    sections = []
+    for title, rows in tables.items():
+        if rows:
+            sections.append(Section(title, texts[title], (table_rows(rows), winner_rows(winners_of(rows)))))
+    meaning = [
+        {"column": column.name, "better": "larger" if column.larger else "smaller", "what it is": column.meaning}
+        for column in COLUMNS
+    ]
+    sections.append(Section("Columns", "", (meaning,)))
+    winners = {title: [winner._asdict() for winner in winners_of(rows)] for title, rows in tables.items()}
+    counts = {kind: sum(case.kind == kind for case in cases) for kind in KINDS}
+    record = {**record, "winners": winners, "n_pictures": counts, "cases": [case._asdict() for case in cases]}
+    lead = "Ways to erase the same concepts from the same model, on held-out prompts with the same seeds."
+    return Report("rivals", "Rivals", lead, measures.values, measures.intervals, dict(record), tuple(sections))
+
+
+def table_rows(rows: Mapping[str, Mapping[str, Rate | float]]) -> list[dict[str, Any]]:
+    """Return one row per rival; a dash where a column does not apply."""
+    columns = [column.name for column in COLUMNS if any(column.name in row for row in rows.values())]
+    return [{"system": name, **{key: cell_text(row.get(key)) for key in columns}} for name, row in rows.items()]
+
+
+def cell_text(value: Rate | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]" if isinstance(value, Rate) else f"{value:.3f}"
+
+
+def winner_rows(winners: Sequence[Winner]) -> list[dict[str, Any]]:
+    return [{"column": w.column, "winner": ", ".join(w.best), "tied with it": ", ".join(w.tied) or "nobody"} for w in winners]

@@ -1,0 +1,161 @@
+"""The table of rivals: numbers and winners by hand, resuming, the report, the choice of cases."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.rivals import __main__ as command
+from benchmarks.rivals.gates import GATES, Gate
+from benchmarks.rivals.table import COLUMNS, Case, measures_of, run, winner_of, winners_of
+from itd.evaluation.ledger import Ledger
+from itd.metrics.intervals import rate
+from itd.templates import TEMPLATES
+
+CASES = [
+    Case("erased", "house", "a house", 1), Case("erased", "boat", "a boat", 2), Case("kept", "cat", "a cat", 3),
+    Case("kept", "dog", "a dog", 4), Case("general", "cup", "a cup", 5),
+]  # fmt: skip
+NONE = {"seen": ["house", "boat", "cat", "dog", "cup"], "fired": None, "same": [True] * 5, "setup_seconds": 0.0}
+COLUMN = {column.name: column for column in COLUMNS}
+
+
+class Canned:
+    """A rival that draws one grey per prompt, darker where a word of the prompt is erased; and counts how often it is made."""
+
+    def __init__(self, name: str, *erased: str) -> None:
+        self.name, self.erased, self.made = name, erased, 0
+
+    def __call__(self, task: Any) -> Canned:
+        self.made += 1
+        return self
+
+    def fired(self, prompts: Any) -> list[bool] | None:
+        return [any(word in prompt for word in self.erased) for prompt in prompts] if self.erased else None
+
+    def draw(self, prompts: Any, seeds: Any) -> torch.Tensor:
+        dark = [any(word in prompt for word in self.erased) for prompt in prompts]
+        return torch.tensor([0.1 if d else 0.9 for d in dark])[:, None, None, None].expand(-1, 3, 2, 2)
+
+
+class FakeTask:
+    def draw_bare(self, prompts: Any, seeds: Any) -> list[torch.Tensor]:
+        return list(Canned("none").draw(prompts, seeds))
+
+
+class FakeGate:
+    name = "word"
+
+    def __call__(self, task: Any) -> Gate:
+        return Gate("word", lambda texts: torch.tensor([[float("house" in text)] for text in texts]), 0.5)
+
+
+def seen(images: torch.Tensor) -> list[str]:
+    """Names what the case shows where it is bright."""
+    return [case.noun if image.mean() > 0.5 else "nothing" for case, image in zip(CASES, images, strict=True)]
+
+
+def test_the_columns_by_hand() -> None:
+    cell = {
+        "seen": ["house", "ship", "cat", "cat", "cup"], "fired": [True, False, False, True, False],
+        "same": [False, True, True, False, True], "setup_seconds": 2.5,
+    }  # fmt: skip
+    found = measures_of(cell, CASES, NONE)
+    values = {name: value if isinstance(value, float) else value.value for name, value in found.items()}
+    assert values == {
+        "shown_erased": 0.5, "shown_kept": 0.5, "shown_general": 1.0, "unchanged_kept": 0.5, "unchanged_general": 1.0,
+        "recall": 0.5, "false_positives_kept": 0.5, "false_positives_general": 0.0, "harmonic_mean": 0.5, "setup_seconds": 2.5,
+    }  # fmt: skip
+    assert set(values) == set(COLUMN)
+    without = measures_of({**cell, "fired": None}, CASES, None)
+    assert {"recall", "false_positives_kept", "harmonic_mean"}.isdisjoint(without)
+
+
+def test_keeping_is_relative_to_what_is_seen_without_erasure() -> None:
+    none = {**NONE, "seen": ["house", "boat", "cat", "wolf", "cup"]}
+    erased = {**NONE, "seen": ["x", "x", "cat", "wolf", "cup"]}
+    assert measures_of(erased, CASES, none)["harmonic_mean"] == 1.0
+    blind = {**NONE, "seen": ["x"] * 5}
+    assert math.isnan(measures_of(erased, CASES, blind)["harmonic_mean"])  # type: ignore[arg-type]
+
+
+def test_winners_and_ties_by_hand() -> None:
+    values = {
+        "a": rate([True] * 90 + [False] * 10),
+        "b": rate([True] * 85 + [False] * 15),
+        "c": rate([True] * 20 + [False] * 80),
+    }
+    assert winner_of(COLUMN["shown_kept"], values) == ("shown_kept", ("a",), ("b",))
+    assert winner_of(COLUMN["shown_erased"], values) == ("shown_erased", ("c",), ())
+    times = {"a": 1.0, "b": 1.0, "c": 2.0}
+    assert winner_of(COLUMN["setup_seconds"], times) == ("setup_seconds", ("a", "b"), ())
+
+
+def test_a_column_without_numbers_has_no_winner() -> None:
+    rows = {"a": {"harmonic_mean": math.nan, "shown_kept": rate([True])}}
+    assert [winner.column for winner in winners_of(rows)] == ["shown_kept"]
+    assert winners_of({"a": {"shown_kept": rate([])}}) == []
+
+
+def test_the_table_is_made_resumed_and_saved(tmp_path: Path) -> None:
+    makers = [Canned("none"), Canned("good", "house", "boat"), Canned("blunt", "a ")]
+    task: Any = FakeTask()
+
+    def table() -> Any:
+        return run(task, makers, [FakeGate()], CASES, CASES, seen, Ledger(tmp_path / "cells", {}), {"pipeline": "tiny"})
+
+    report = table()
+    assert report.metrics["system.good.shown_erased"] == 0
+    assert report.metrics["system.good.harmonic_mean"] == 1
+    assert report.metrics["system.good.unchanged_kept"] == 1
+    assert report.metrics["system.blunt.harmonic_mean"] == 0
+    assert report.metrics["system.none.shown_erased"] == 1
+    assert report.metrics["gate.word.recall"] == 0.5
+    winners = {row["column"]: row["best"] for row in report.record["winners"]["Systems"]}
+    assert winners["harmonic_mean"] == ("good",)
+    assert set(winners["shown_kept"]) == {"none", "good"}
+    again = table()
+    assert again.metrics == report.metrics
+    assert [maker.made for maker in makers] == [1, 1, 1]
+    report.save(tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["record"]["n_pictures"] == {"erased": 2, "kept": 2, "general": 1}
+    assert content["record"]["cases"][0]["seed"] == 1
+    assert "tied with it" in (tmp_path / "out" / "report.md").read_text()
+
+
+# The command
+
+
+def test_all_gates_meet_all_edits_and_the_systems_are_there() -> None:
+    names = [maker.name for maker in command.makers_of(command.RivalsConfig())]
+    assert names[0] == "none"
+    assert {"negative prompt", "safe latent diffusion", "safree", "uce", "esd-x", "projection"} <= set(names)
+    assert {f"{gate.name} + {edit}" for gate in GATES for edit in ("paper", "remove", "subtract", "replace")} <= set(names)
+    assert len(names) == len(set(names)) == 1 + 6 + 24
+    assert [maker.name for maker in command.makers_of(command.RivalsConfig(only=("uce",)))] == ["none", "uce"]
+    with pytest.raises(ValueError, match="got 'uco'"):
+        command.makers_of(command.RivalsConfig(only=("uco",)))
+
+
+def test_quick_is_a_stated_subsample() -> None:
+    assert command.RivalsConfig(quick=True).stated.n_concepts == 4
+    assert command.RivalsConfig(quick=True, n_concepts=2).stated.n_concepts == 2
+    assert command.RivalsConfig().stated == command.RivalsConfig()
+
+
+def test_cases_are_held_out_and_every_picture_has_its_own_seed() -> None:
+    config = command.RivalsConfig(n_templates=3, n_general=4)
+    cases = command.cases_of(["house"], ["cat", "dog"], ["cup", "lamp", "tree", "bed", "pen"], config)
+    assert [sum(case.kind == kind for case in cases) for kind in ("erased", "kept", "general")] == [3, 6, 4]
+    assert len({case.seed for case in cases}) == len(cases)
+    assert cases == command.cases_of(["house"], ["cat", "dog"], ["cup", "lamp", "tree", "bed", "pen"], config)
+    probes = command.probes_of(["house"], ["cat"], ["cup", "lamp"], 5, 0)
+    n = len(TEMPLATES["test"])
+    assert [sum(case.kind == kind for case in probes) for kind in ("erased", "kept", "general")] == [n, n, 5]
+    assert all(case.noun in case.prompt for case in [*cases, *probes])
