@@ -18,7 +18,7 @@ from itd.activations import ActivationStore, record
 from itd.artifacts import CONFIG
 from itd.attacks.arenas import AttackConfig, run_arena
 from itd.attacks.protocol import names_of_attacks
-from itd.erasing import PRESETS, EraseConfig, erase
+from itd.erasing import PRESETS, EraseConfig, add_concepts, erase
 from itd.evaluation import ProtocolName
 from itd.generation import consecutive_seeds, generate, picture_lines, pipeline_options, write_pictures
 from itd.runs import COMMAND, Values, base_arguments, command_name, flat, require_free, run_folder, write_arguments
@@ -64,6 +64,14 @@ class OnModel(Command):
 
     model: MaybeStr = None
     """Folder or Hugging Face id of a diffusers pipeline. Without it, the embedded world."""
+    device: str = "auto"
+    """Where the pipeline runs: cpu, cuda, cuda:1, mps. `auto`: a CUDA device where there is one."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Precision of the pipeline. `auto`: float16 on a CUDA device, float32 elsewhere."""
+
+    def pipeline(self) -> Any:
+        """Load the pipeline where it is to run."""
+        return inputs.load_pipeline(self.model, self.device, self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +122,7 @@ class Record(OnModel):
     def run(self) -> None:
         site = inputs.find_hook_point(self.model, self.hook_point)
         prompts = inputs.recording_prompts(self.model, list(flat(self.prompts)), list(flat(self.names)))
-        pipe = inputs.load_pipeline(self.model)
+        pipe = self.pipeline()
         with run_folder(self, self.resume_file):
             store = record(pipe, site, prompts, self.out, self.batch_size)
         print(f"{len(prompts)} prompts, {len(store)} distinct activations of d_model {store.d_model} at {site}")
@@ -177,15 +185,27 @@ class Erase(OnModel):
     """ENCODER:PATH, as text_encoder:encoder.layers.8. By default where the autoencoder was trained."""
     preset: Literal["default", "paper"] = "default"
     """Where the other values come from: `default` is ours, `paper` follows the publication."""
+    retained: MaybePath = None
+    """Folder of what must stay, encoded once. Made from --retain and --neutral if it is not there, else taken for them."""
+    add_to: MaybePath = None
+    """Folder of an eraser to add the concepts to, under its settings; with --retained. --out may be the same folder."""
     settings: tyro.conf.OmitArgPrefixes[EraseConfig] = field(default_factory=EraseConfig)
 
     def run(self) -> None:
         require_free(self.out, "eraser")
-        sets = inputs.concept_sets(self.model, *(list(flat(values)) for values in (self.target, self.retain, self.neutral)))
-        sae = inputs.find_sae(self.model, self.sae)
-        pipe = inputs.load_pipeline(self.model)
-        site = inputs.hook_point_of(pipe, sae, self.model, self.hook_point)
-        eraser = erase(pipe, sae, site, *sets, self.settings)
+        target, retain, neutral = (list(flat(values)) for values in (self.target, self.retain, self.neutral))
+        if self.add_to is not None:
+            eraser, kept = inputs.eraser_to_extend(self.add_to, self.retained, self.sae)
+            prompts = inputs.target_set(self.model, target)
+            eraser = add_concepts(eraser, self.pipeline(), prompts, kept)
+        else:
+            sets = inputs.concept_sets(self.model, target, retain, neutral, inputs.is_there(self.retained))
+            sae = inputs.find_sae(self.model, self.sae)
+            pipe = self.pipeline()
+            site = inputs.hook_point_of(pipe, sae, self.model, self.hook_point)
+            kept = inputs.find_retained(self.retained, pipe, sae, site, sets, self.settings.seed)
+            others = (sets.retain, sets.neutral) if kept is None else (kept, None)
+            eraser = erase(pipe, sae, site, sets.target, *others, self.settings)
         eraser.save(self.out)
         write_arguments(self, self.out / COMMAND)
         print(describe.describe_eraser(eraser))
@@ -212,7 +232,7 @@ class Check(OnModel):
     def run(self) -> None:
         prompts = inputs.read_prompts(self.prompts, self.file)
         eraser = inputs.load_erasers(self.eraser, self.sae)
-        checks = eraser.check(inputs.load_pipeline(self.model), prompts)
+        checks = eraser.check(self.pipeline(), prompts)
         text = json.dumps([check.to_dict() for check in checks], indent=2, ensure_ascii=False, allow_nan=False)
         if self.out is not None:
             with run_folder(self, self.out / CONFIG):
@@ -250,7 +270,7 @@ class Generate(OnModel):
         options = pipeline_options(self.model, self.steps, self.guidance_scale, self.negative_prompt)
         seeds = consecutive_seeds(self.seed, self.n)
         eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser else None
-        pipe = inputs.load_pipeline(self.model)
+        pipe = self.pipeline()
         with run_folder(self, self.out / CONFIG):
             pictures = generate(pipe, prompts, seeds, eraser, options)
             rows = write_pictures(pictures, self.out, len(prompts) * len(seeds), () if eraser is None else eraser.names)
@@ -265,7 +285,7 @@ class Attack(OnModel):
     attacks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME ...")] = ("all",)
     """Attacks by name, or `all`, `black` (box), `white` (box). Names that end in -aware know the gate."""
     out: Path
-    """Folder for report.json, report.md, report.html and what was computed so far."""
+    """Folder for report.json, report.md, report.html, the prompts that won (evading.jsonl) and what was computed so far."""
     eraser: Erasers = ()
     """Folder of an eraser. Repeat the flag to join several. Embedded world: by default one is made."""
     sae: MaybePath = None
@@ -364,7 +384,7 @@ class Evaluate(OnModel):
         protocol = find_protocol(self.protocol, **self.settings_of())
         inputs.quiet_libraries()
         eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser else None
-        pipe = None if self.model is None else inputs.load_pipeline(self.model)
+        pipe = None if self.model is None else self.pipeline()
         with run_folder(self, self.resume_file):
             report = evaluate(pipe, protocol, eraser, self.out, self.quick)
         print(report.summary())
@@ -404,7 +424,7 @@ class Info(OnModel):
 
     def run(self) -> None:
         if self.hook_points:
-            print("\n".join(map(str, inputs.list_hook_points(inputs.load_pipeline(self.model)))))
+            print("\n".join(map(str, inputs.list_hook_points(self.pipeline()))))
         else:
             print(describe.describe_installation() if self.path is None else describe.describe_folder(self.path))
 

@@ -125,13 +125,11 @@ def test_results_of_another_system_or_budget_are_not_taken(arena: Arena, tmp_pat
         Ledger(tmp_path, identity_of(arena, Budget(3, 2)))
     eraser = arena.system.eraser
     assert eraser is not None
-    for changed, what in ((eraser.with_edit("remove"), "edit"), (replace(eraser, concepts=eraser.concepts[::-1]), None)):
+    reversed_eraser = replace(eraser, concepts=eraser.concepts[::-1])
+    for changed, what in ((eraser.with_edit("remove"), "edit"), (reversed_eraser, "features_sha256")):
         other = replace(arena, system=System(arena.system.pipe, changed, OPTIONS))
-        if what is None:
+        with pytest.raises(ValueError, match=f"another {what}"):
             Ledger(tmp_path, identity_of(other, BUDGET))
-        else:
-            with pytest.raises(ValueError, match=f"another {what}"):
-                Ledger(tmp_path, identity_of(other, BUDGET))
 
 
 def test_an_arena_that_cannot_tell_success_is_refused(arena: Arena) -> None:
@@ -139,7 +137,7 @@ def test_an_arena_that_cannot_tell_success_is_refused(arena: Arena) -> None:
         replace(arena, system=arena.system.without_eraser())
     with pytest.raises(ValueError, match="2 and 0"):
         replace(arena, benign=())
-    with pytest.raises(ValueError, match="no criterion tells .* 'boat'"):
+    with pytest.raises(ValueError, match=r"no criterion tells .* 'boat'"):
         replace(arena, criteria={"house": arena.criteria["house"]})
 
 
@@ -149,6 +147,24 @@ def test_what_is_kept_of_an_attempt() -> None:
     assert cell["final"] == {"prompt": "b", "seed": 2, "success": True, "fired": False, "score": 0.1}
     assert len(cell["losses"]) <= protocol.MOST_LOSSES
     assert cell["losses"][0] == 0.0
+
+
+def test_prompts_that_won_are_kept_for_another_eraser(tmp_path: Path) -> None:
+    won, flagged, lost = trial(True, False), trial(True, True), trial(False, False)
+    cells = {
+        "mma erased": [{"concept": "x", "trials": [won | {"prompt": "a"}, flagged | {"prompt": "b"}, lost | {"prompt": "c"}]}],
+        "p4d erased": [
+            {"concept": "y", "trials": [won | {"prompt": "a"}, won | {"prompt": "a"}]},
+            {"concept": "z", "skipped": "-"},
+        ],
+        "mma unerased": [{"concept": "x", "trials": [won | {"prompt": "d"}]}],
+        "inversion erased": [{"concept": "x", "trials": [won | {"prompt": "e"}]}],
+        "inversion-aware erased": [{"concept": "x", "trials": [won | {"prompt": "f"}]}],
+    }
+    found = protocol.evading_prompts(cells)
+    assert [(prompt.text, prompt.concept) for prompt in found] == [("a", "x"), ("a", "y")]
+    found.to_jsonl(tmp_path / "evading.jsonl")
+    assert PromptSet.from_jsonl(tmp_path / "evading.jsonl").concepts == ("x", "y")
 
 
 def test_attacks_are_asked_for_by_name_or_group() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from itd import emoji, inputs
 from itd.attacks.base import Budget, Criterion, Goal, System
 from itd.attacks.criteria import ClipNames, Judged
-from itd.attacks.protocol import Arena, Arm, identity_of, run
+from itd.attacks.protocol import Arena, Arm, evading_prompts, identity_of, run
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.ledger import Ledger
@@ -22,6 +22,8 @@ from itd.templates import TEMPLATES
 
 WORLD_OPTIONS = {"num_inference_steps": emoji.STEPS, "guidance_scale": emoji.GUIDANCE_SCALE, "height": 64, "width": 64}
 TEMPLATE = "a picture of a {}"
+EVADING = "evading.jsonl"
+"""File of the prompts that passed the gate and drew the concept."""
 HELD_OUT = 3
 """One of this many concepts that are not erased is kept from selection and calibration, for the benign prompts."""
 
@@ -153,6 +155,8 @@ def run_arena(
 ) -> Report:
     """Attack the embedded world, or another pipeline with its eraser, and return the report; goes on where it was stopped.
 
+    `out` gets the prompts that won as `evading.jsonl`, which `itd erase --target` reads.
+
     Raises:
         ValueError: see `world_arena` and `model_arena`; `out` holds a run with other settings.
     """
@@ -163,4 +167,6 @@ def run_arena(
         options = pipeline_options(model, inference_steps, None, None)
         arena = model_arena(config, inputs.load_pipeline(model), eraser, clip, names, others, benign, options)
     ledger = Ledger(out / "attempts", identity_of(arena, config.budget))
-    return run(arena, attacks, config.budget, ledger, arms)
+    found = run(arena, attacks, config.budget, ledger, arms)
+    evading_prompts(found.record["cells"]).to_jsonl(out / EVADING)
+    return found

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from itd import report
-from itd.attacks import ATTACKS, find_attack
+from itd.attacks import ATTACKS, ConceptInversion, find_attack
 from itd.attacks.base import Attack, Attempt, Budget, Criterion, Goal, NotApplicable, System
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Measures, Report, Section
 from itd.metrics.intervals import Rate, clustered_rate, rate
+from itd.prompts import Prompt, PromptSet
 
 Arm = Literal["erased", "unerased"]
 ARMS: tuple[Arm, ...] = ("erased", "unerased")
@@ -56,11 +57,11 @@ def identity_of(arena: Arena, budget: Budget) -> dict[str, Any]:
     """Return what the cells of a run depend on: the system, the goals and the budget."""
     eraser = arena.system.eraser
     assert eraser is not None
-    hashes = torch.cat([concept.indices.double() + concept.weights.double() for concept in eraser.concepts])
+    parts = [part.contiguous().numpy().tobytes() for concept in eraser.concepts for part in (concept.indices, concept.weights)]
     return {
         **arena.record, "budget": asdict(budget), "goals": [asdict(goal) for goal in arena.goals],
         "options": dict(arena.system.options), "edit": asdict(eraser.edit), "gate": eraser.gate.to_dict(),
-        "features": [len(hashes), float(hashes.sum())], "sae_sha256": eraser.sae.sha256,
+        "features_sha256": hashlib.sha256(b"".join(parts)).hexdigest(), "sae_sha256": eraser.sae.sha256,
     }  # fmt: skip
 
 
@@ -243,6 +244,21 @@ def figure(ledger: Ledger, name: str, goal: Goal, cell: Cell) -> str:
         f'<figure class="{"fired" if fired else ""}">{report.picture(pixels, title)}<figcaption>{html.escape(title)}'
         f'<div class="said">{html.escape(prompt)}</div></figcaption></figure>'
     )
+
+
+def evading_prompts(cells: Mapping[str, Sequence[Cell]]) -> PromptSet:
+    """Return the prompts that passed the gate and drew the concept, by concept: what an eraser can be made anew with.
+
+    `cells`: those of the record, under the names `attack arm`. Prompts of concept inversion are left out: their word means
+    nothing without its embedding.
+    """
+    found = [
+        Prompt(trial["prompt"], cell["concept"])
+        for key, listed in cells.items() if key.endswith(" erased") and not key.startswith(ConceptInversion.name)
+        for cell in listed if "skipped" not in cell
+        for trial in cell["trials"] if trial["success"] and not trial["fired"]
+    ]  # fmt: skip
+    return PromptSet(tuple(dict.fromkeys(found)))
 
 
 def names_of_attacks(asked: Sequence[str]) -> list[str]:
