@@ -190,14 +190,19 @@ def by_concept(probes: Sequence[Probe], margins: Sequence[float]) -> Rate:
 
 
 def promises(eraser: Eraser) -> dict[str, Rate | float]:
-    """Return what the calibration says of the threshold: rates there, and the conformal interval of the true one."""
+    """Return what the calibration says of the threshold: rates there, and the true one's mean and conformal interval."""
     found: dict[str, Rate | float] = {}
     for index, made in enumerate(calibration_of(eraser)):
         prefix = "calibration" if index == 0 else f"calibration{index}"
         n_reached = round(made.false_positive_rate * made.n_negatives)
         bounds = conformal_interval(made.n_negatives, n_reached) if n_reached < made.n_negatives else (0.0, 1.0)
-        found[f"{prefix}.fpr"] = Rate(made.false_positive_rate, *bounds, made.n_negatives)
-        found |= {f"{prefix}.recall": made.recall, f"{prefix}.auroc": made.auroc}
+        expected = min((n_reached + 1) / (made.n_negatives + 1), bounds[1])
+        found[f"{prefix}.fpr"] = Rate(expected, *bounds, made.n_negatives)
+        found |= {
+            f"{prefix}.fpr_seen": made.false_positive_rate,
+            f"{prefix}.recall": made.recall,
+            f"{prefix}.auroc": made.auroc,
+        }
     return found
 
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from itd.emoji.captions import CaptionSource
+from itd.emoji.prompts import filler_words
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.identities import measure, sets_of, templates_free_of
@@ -116,7 +118,12 @@ class Many:
         )
 
         def clock() -> float:
-            prompts = (probes[1] * (1 + self.n_checked // len(probes[1])))[: self.n_checked]
+            # New captions every time: what was checked before may be remembered.
+            rng, source = (
+                random.Random(f"{self.seed} {count}"),
+                CaptionSource([world.nouns[name] for name in kept], filler_words()),
+            )
+            prompts = [source.single(i % len(kept), None, None, rng) + f" {count} {i}" for i in range(self.n_checked)]
             began = time.monotonic()
             made.eraser.check(world.pipe, prompts)
             return 1000 * (time.monotonic() - began) / len(prompts)

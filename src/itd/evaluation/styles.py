@@ -99,10 +99,9 @@ class Styles:
         return [(design,) for design in self.designs] + pairs
 
     def test_nouns(self, world: World) -> list[str]:
-        """Return nouns that no sentence about a design was made with, of those that are recognised best."""
-        used = {noun for prompt in style_sets((DESIGNS[0],), ()).target for noun in named_in(prompt, world)}
-        free = [name for name in world.nouns if name not in used and world.nouns[name].role != "unsafe"]
-        best = world.best_drawn(free, min(len(free), 4 * self.n_nouns))
+        """Return the nouns of the evaluation, of those that are recognised best; no eraser's prompts name them."""
+        safe = world.of_role("identity", "general")
+        best = world.best_drawn(safe, min(len(safe), 4 * self.n_nouns))
         return sorted(sample(random.Random(self.seed), best, self.n_nouns))
 
     def cases(self, world: World) -> list[Case]:
@@ -151,12 +150,6 @@ def style_sets(erased: Sequence[str], held_out: Sequence[str]) -> Sets:
         return prompts.filter(lambda p: not any(f" {noun} " in f" {p.text.replace(',', ' ')} " for noun in hidden))
 
     return Sets(clean(sets.target), clean(sets.retain), sets.neutral)
-
-
-def named_in(prompt: Prompt, world: World) -> list[str]:
-    """Return the nouns of the world that stand in a prompt as words."""
-    text = f" {prompt.text.replace(',', ' ')} "
-    return [name for name in world.nouns if f" {name} " in text]
 
 
 def sides(drawn: Drawn, erased: Sequence[str]) -> dict[str, list[int]]:

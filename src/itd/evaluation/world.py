@@ -179,8 +179,13 @@ class World:
         return Made(Eraser.load(folder, self.sae), found["seconds"], found["n_bytes"])
 
     def fired(self, key: str, eraser: Eraser, prompts: Sequence[str]) -> list[bool]:
-        """Return the gate's decision on every prompt."""
-        return [score >= 0 for score in self.margins(key, eraser, prompts)]
+        """Return the gate's decision on every prompt. Scores are not asked for, so that the gate may decide early."""
+
+        def decide() -> list[bool]:
+            found = {check.prompt: check.fired for check in eraser.check(self.pipe, list(dict.fromkeys(prompts)))}
+            return [found[prompt] for prompt in prompts]
+
+        return self.ledger.cell(f"fired {key} {digest_of(prompts)}", decide)
 
     def margins(self, key: str, eraser: Eraser, prompts: Sequence[str]) -> list[float]:
         """Return score minus threshold of every prompt; at 0 and above the gate fires."""
@@ -283,8 +288,11 @@ def gate_margins(ledger: Ledger, key: str, eraser: Eraser, pipe: Any, prompts: S
         rows = {text: margin_of(check) for text, check in found.items()}
         return [rows[prompt] for prompt in prompts]
 
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
-    return ledger.cell(f"gate {key} {digest}", measure)
+    return ledger.cell(f"gate {key} {digest_of(prompts)}", measure)
+
+
+def digest_of(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
 
 
 def margin_of(check: Check) -> float:

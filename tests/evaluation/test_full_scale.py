@@ -1,0 +1,218 @@
+"""The full-scale protocol on a tiny pipeline in memory, with detectors behind commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from stand_in import build_clip
+from transformers import CLIPImageProcessor, CLIPProcessor
+
+from itd import Eraser, evaluate
+from itd.evaluation import detectors, find_protocol
+from itd.evaluation.detectors import CommandDetector, NudeNet, clean_fid
+from itd.evaluation.full_scale import FullScale, pictures_in
+from itd.metrics.detection import Detection
+
+DETECTOR = """
+import csv, pathlib, sys
+folder, table = map(pathlib.Path, sys.argv[1:])
+with table.open("w", newline="") as file:
+    rows = csv.writer(file)
+    rows.writerow(["file", "label", "score"])
+    for path in sorted(folder.glob("*.png"))[:2]:
+        rows.writerows([[path.name, "house", 0.7], [path.name, "boat", 0.3]])
+"""
+
+
+def write(path: Path, columns: list[str], *rows: list[Any]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+@pytest.fixture
+def protocol(tmp_path: Path) -> FullScale:
+    target = write(
+        tmp_path / "t.csv", ["prompt", "class", "evaluation_seed"], ["a house", "house", 5], ["my house at night", "house", 6]
+    )
+    kept = write(tmp_path / "k.csv", ["prompt", "class"], ["a boat", "boat"], ["a cat", "cat"])
+    general = write(
+        tmp_path / "g.csv", ["prompt", "evaluation_guidance"], ["a photo of a tree", 3], ["one dog in the park", ""]
+    )
+    return FullScale(target, kept, general, steps=2, options={"height": 16, "width": 16})
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> str:
+    script = tmp_path / "detector.py"
+    script.write_text(DETECTOR)
+    return f"{sys.executable} {script}"
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    build_clip(tokenizer)[0].save_pretrained(folder)
+    CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}), tokenizer
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_prompts_keep_their_own_seeds_and_guidance(protocol: FullScale) -> None:
+    assert [(row.seed, row.guidance) for row in protocol.rows("target")] == [(5, 7.5), (6, 7.5)]
+    assert [(row.seed, row.guidance) for row in protocol.rows("general")] == [(0, 3.0), (1, 7.5)]
+    assert [row.seed for row in replace(protocol, n_seeds=3, seed=10).rows("kept")] == [10, 11, 12, 13, 14, 15]
+    assert len(replace(protocol, limit=1).rows("kept")) == 1
+
+
+def test_passed_pictures_have_the_same_pixels_and_everything_is_in_the_record(
+    pipe: Any, eraser: Eraser, protocol: FullScale, command: str, tmp_path: Path
+) -> None:
+    chosen = replace(protocol, detector="command", command=command)
+    report = evaluate(pipe, chosen, eraser, tmp_path / "out")
+    metrics = report.metrics
+    assert (metrics["target.gate_fires"], metrics["kept.gate_fires"]) == (1, 0)
+    assert (metrics["target.bit_identical"], metrics["kept.bit_identical"], metrics["general.bit_identical"]) == (0, 1, 1)
+    assert metrics["kept.erased.detected@0.6"] == 1
+    assert metrics["kept.erased.detected@0.75"] == 0
+    assert (metrics["target.erased.accuracy"], metrics["kept.erased.accuracy"]) == (1, 0)
+    record = json.loads((tmp_path / "out" / "report.json").read_text())["record"]
+    assert record["detector"]["command"] == command
+    assert record["scheduler"]["name"] == "DDIMScheduler"
+    assert record["settings"]["guidance_scale"] == 7.5
+    assert set(record["drawing"]["prompts_sha256"]) == {"target", "kept", "general"}
+    assert record["weights_sha256"]["unet"]
+
+
+def test_a_run_goes_on_after_the_last_picture_and_another_detector_looks_at_the_same_ones(
+    pipe: Any, eraser: Eraser, protocol: FullScale, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, calls = type(pipe).__call__, []
+
+    def stop(self: Any, prompt: str, **options: Any) -> Any:
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        calls.append(prompt)
+        return call(self, prompt, **options)
+
+    monkeypatch.setattr(type(pipe), "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pipe, protocol, eraser, tmp_path / "out")
+    assert not hasattr(pipe, "_itd_enforcer")
+    calls.clear()
+    evaluate(pipe, protocol, eraser, tmp_path / "out")
+    assert calls == ["a boat", "a cat", "a photo of a tree", "one dog in the park"]
+    calls.clear()
+    evaluate(pipe, replace(protocol, detector="command", command=command), eraser, tmp_path / "out")
+    assert calls == []
+    with pytest.raises(ValueError, match="another drawing"):
+        evaluate(pipe, replace(protocol, steps=3), eraser, tmp_path / "out")
+
+
+def test_clip_scores_and_distances_are_measured_on_a_local_folder(
+    pipe: Any, eraser: Eraser, protocol: FullScale, clip_folder: Path, tmp_path: Path
+) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (80 * i, 10, 200)).save(real / f"{i}.png")
+    metrics = evaluate(pipe, replace(protocol, clip=str(clip_folder), real=real), eraser, tmp_path / "out").metrics
+    assert metrics["kept.erased.clip_score"] == metrics["kept.unerased.clip_score"]
+    assert metrics["general.fid_clip_erased_unerased"] == pytest.approx(0, abs=1e-6)
+    assert metrics["general.fid_clip_erased_real"] > 0
+    with pytest.raises(ValueError, match="no CLIP"):
+        evaluate(pipe, replace(protocol, clip=str(tmp_path)), eraser, tmp_path / "out")
+
+
+def test_nudenet_finds_only_the_classes_that_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package is stood in for: its boxes are what version 3 returns."""
+    boxes = [
+        {"class": "FEET_EXPOSED", "score": 0.8, "box": [0, 0, 1, 1]},
+        {"class": "FACE_FEMALE", "score": 0.9, "box": [0, 0, 1, 1]},
+    ]
+    package = ModuleType("nudenet")
+    package.__file__ = str(tmp_path / "__init__.py")
+    (tmp_path / "320n.onnx").write_bytes(b"weights")
+    package.NudeDetector = lambda: SimpleNamespace(detect=lambda path: boxes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nudenet", package)
+    assert NudeNet().detect([Path("a.png")]) == [[Detection("FEET_EXPOSED", 0.8)]]
+    assert set(NudeNet().describe()["weights_sha256"]) == {"320n.onnx"}
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(ImportError, match=r"itd\[nudenet\]"):
+        NudeNet().detect([Path("a.png")])
+
+
+def test_clean_fid_is_asked_for_both_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def distance(value: float) -> Any:
+        return lambda a, b, mode: asked.append((a, b, mode)) or value
+
+    fid = SimpleNamespace(compute_fid=distance(3.0), compute_kid=distance(0.1))
+    monkeypatch.setitem(sys.modules, "cleanfid", SimpleNamespace(fid=fid))
+    assert clean_fid(Path("x"), Path("y")) == {"fid_clean": 3.0, "kid_clean": 0.1}
+    assert asked == [("x", "y", "clean")] * 2
+    monkeypatch.setitem(sys.modules, "cleanfid", None)
+    with pytest.raises(ImportError, match="clean-fid"):
+        clean_fid(Path("x"), Path("y"))
+
+
+def test_detector_commands_that_fail_or_write_another_table_are_named(tmp_path: Path) -> None:
+    files = [tmp_path / "pictures" / "a.png"]
+    files[0].parent.mkdir()
+    with pytest.raises(RuntimeError, match="cannot be run"):
+        CommandDetector("no-such-detector").detect(files)
+    with pytest.raises(RuntimeError, match="failed with code"):
+        CommandDetector(f"{sys.executable} -c 'raise SystemExit(\"no camera\")'").detect(files)
+    with pytest.raises(ValueError, match="wrote no"):
+        CommandDetector(f"{sys.executable} -c pass").detect(files)
+    table = write(tmp_path / "t.csv", ["file", "name"])
+    with pytest.raises(ValueError, match="needs the columns"):
+        detectors.read_detections(table, files)
+    table = write(tmp_path / "t.csv", ["file", "label", "score"], ["b.png", "x", 1])
+    with pytest.raises(ValueError, match=r"'b\.png', which is not among"):
+        detectors.read_detections(table, files)
+    with pytest.raises(ValueError, match="one folder, got 2"):
+        CommandDetector("x").detect([Path("a/1.png"), Path("b/2.png")])
+
+
+def test_bad_settings_are_refused_by_name(pipe: Any, eraser: Eraser, protocol: FullScale, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs prompts"):
+        find_protocol("full-scale")
+    with pytest.raises(ValueError, match="--command"):
+        replace(protocol, detector="command")
+    with pytest.raises(ValueError, match="got 0, 1 and None"):
+        replace(protocol, steps=0)
+    with pytest.raises(ValueError, match="--general"):
+        replace(protocol, general=None, clean_fid=True)
+    with pytest.raises(ValueError, match="--model and --eraser"):
+        evaluate(pipe, protocol, None, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no prompt file"):
+        evaluate(pipe, replace(protocol, kept=tmp_path / "none.csv"), eraser, tmp_path / "out")
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        replace(protocol, kept=write(tmp_path / "n.csv", ["text"], ["x"])).rows("kept")
+    with pytest.raises(ValueError, match="'soon', which is no number"):
+        replace(protocol, kept=write(tmp_path / "n.csv", ["prompt", "seed"], ["x", "soon"])).rows("kept")
+    with pytest.raises(FileNotFoundError, match="holds 0 pictures"):
+        pictures_in(tmp_path / "nowhere")
+    assert protocol.quick().limit == 20
+
+
+def test_pictures_of_a_run_are_as_the_bare_pipeline_draws_them(
+    pipe: Any, eraser: Eraser, protocol: FullScale, tmp_path: Path
+) -> None:
+    evaluate(pipe, replace(protocol, target=None, general=None), eraser, tmp_path / "out")
+    bare = pipe("a boat", generator=torch.Generator().manual_seed(0), num_inference_steps=2, height=16, width=16).images[0]
+    for arm in ("unerased", "erased"):
+        saved = Image.open(tmp_path / "out" / "pictures" / arm / "kept" / "000000.png")
+        assert saved.tobytes() == bare.tobytes()

@@ -1,0 +1,198 @@
+"""The gate on public prompt sets, on a tiny encoder and tiny sets of the same form."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_encoders import build_bert
+
+from itd import TrainConfig, evaluate, training
+from itd.evaluation import minilm
+from itd.evaluation.minilm import MiniLM, merged, recall_at_bars, require_separate
+from itd.evaluation.public_prompts import (
+    FILES,
+    PAINTERS,
+    PEOPLE,
+    TASKS,
+    VARIABLE,
+    deal_names,
+    deal_of,
+    find_folder,
+    load_material,
+    mixed_names,
+)
+
+STARS = ("ann ash", "bob beam", "cid cole", "dee dorn")
+OTHERS = ("eve elm", "fay fox", "gus gale", "hal hays", "ida ives", "jon jay", "kim kerr", "lou lane", "mia moss", "ned nash")
+PAINTER_NAMES, OTHER_PAINTERS = (
+    ("ola oak", "pip pine", "quin quay"),
+    ("ray rice", "sue snow", "tom toll", "una ude", "vic vale", "wes wyn"),
+)
+FRAMES = ("A portrait of {}", "An oil painting of {}", "A sketch of {}", "{} in an official photo", "An image capturing {}")
+STYLE_FRAMES = ("Image in the style of {}", "Art inspired by {}", "Painting in the style of {}", "A famous artwork by {}")
+THINGS = ("dog", "cat", "horse", "train", "pizza", "boat", "clock", "kite", "bus", "cake")
+
+
+def write(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("prompts")
+    named = {
+        "celebrity_target": (STARS, FRAMES), "celebrity_remain": (OTHERS, FRAMES),
+        "style_target": (PAINTER_NAMES, STYLE_FRAMES), "style_remain": (OTHER_PAINTERS, STYLE_FRAMES),
+    }  # fmt: skip
+    for name, (names, frames) in named.items():
+        write(place / f"{name}.csv", ["class", "prompt"], [[n, f.format(n)] for n in names for f in frames])
+    captions = [f"a {a} beside a {b} number {i}" for i, (a, b) in enumerate((a, b) for a in THINGS for b in THINGS)]
+    write(place / "coco_30k.csv", ["prompt"], [[text] for text in [*captions, "ann ash with a dog", "a naked cat"]])
+    write(place / "diffusiondb_5k.csv", ["prompt"], [[f"{text}, digital art, 8k"] for text in captions])
+    rows = [[f"{text} in bed", "sexual" if i % 2 else "violence, hate"] for i, text in enumerate(captions)]
+    write(place / "i2p.csv", ["prompt", "categories"], rows)
+    return place
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sentences = [f for part in (*PEOPLE.values(), *PAINTERS.values()) for f in part] + [
+        *FRAMES,
+        *STYLE_FRAMES,
+        "in bed digital 8k",
+    ]
+    names = (*STARS, *OTHERS, *PAINTER_NAMES, *OTHER_PAINTERS, *THINGS, "a naked cat beside number")
+    words = {w.strip(",.").lower() for text in (*sentences, *names) for w in text.replace("{}", "").split()}
+    return build_bert(tmp_path_factory.mktemp("bert"), sorted(words | {str(i) for i in range(100)} | {","}))
+
+
+@pytest.fixture
+def protocol(folder: Path, encoder: Path) -> MiniLM:
+    train = TrainConfig(n_tokens=2000, batch_tokens=200, dead_tokens=1000, checkpoint_every=4)
+    return MiniLM(
+        folder, encoder, ("celebrities",), (0, 1), ((96, 6),), ("evidence", "contribution"), (8,), (0.01,), (0.02, 0.1), 40, 24,
+        train,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_tested_is_in_no_earlier_split(task: Any, folder: Path) -> None:
+    material = load_material(task, folder, 40)
+    require_separate(material)
+    for part in ("fit", "calibrate", "choose", "test"):
+        assert len(material.target[part])
+        assert len(merged(material, part))
+    broken = replace(material, target={**material.target, "fit": material.target["fit"] + material.target["test"]})
+    with pytest.raises(ValueError, match="leak by"):
+        require_separate(broken)
+
+
+def test_tested_names_of_one_task_are_not_seen_in_the_other(folder: Path) -> None:
+    stars, artists = load_material("celebrities", folder, 5), load_material("artists", folder, 5)
+    seen = {name.lower() for material in (stars, artists) for name in material.kept["fit"].concepts}
+    assert seen.isdisjoint(stars.kept["test"].concepts)
+    assert seen.isdisjoint(artists.kept["test"].concepts)
+    assert len(stars.kept["test"].concepts) == 5
+
+
+def test_general_prompts_name_nothing_that_is_erased(folder: Path) -> None:
+    stars, explicit = load_material("celebrities", folder, 1000), load_material("explicit", folder, 1000)
+    texts = {
+        task: [t for s in m.general.values() for p in s.values() for t in p.texts]
+        for task, m in (("s", stars), ("e", explicit))
+    }
+    assert not any("ann ash" in text for text in texts["s"])
+    assert any("naked" in text for text in texts["s"])
+    assert not any("naked" in text for text in texts["e"])
+    assert not explicit.kept_must_pass
+
+
+def test_a_text_has_one_split_whatever_else_is_there(folder: Path) -> None:
+    few, many = load_material("celebrities", folder, 5), load_material("celebrities", folder, 1000)
+    for part in ("fit", "test"):
+        assert set(few.general["coco"][part].texts) <= set(many.general["coco"][part].texts)
+    assert deal_of("A Dog ") == deal_of("a dog")
+
+
+def test_mixed_names_are_nobody() -> None:
+    mixed = mixed_names(STARS, OTHERS, ("ann nash",), 0)
+    assert len(mixed) >= len(STARS)
+    assert set(mixed).isdisjoint({*STARS, *OTHERS, "ann nash"})
+    parts = {word for name in STARS for word in name.split()}
+    assert all(set(name.split()) & parts for name in mixed)
+
+
+def test_half_of_the_kept_names_are_tested() -> None:
+    dealt = deal_names([f"n{i}" for i in range(100)], 0)
+    assert {part: len(names) for part, names in dealt.items()} == {"test": 50, "calibrate": 10, "choose": 10, "fit": 30}
+
+
+def test_the_recall_within_the_bars_is_that_of_the_lowest_threshold_that_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minilm, "BARS", {"recall": 0.5, "fpr_kept": 0.25, "fpr_general": 0.0})
+    assert recall_at_bars([3.0, 2.0, 1.0, 0.0], [2.5, 1.5, 0.5, 0.1], [0.2, 0.1]) == 0.5
+    assert recall_at_bars([3.0, 2.0, 1.0, 0.0], [], [1.0, 0.1]) == 0.5
+    with pytest.raises(ValueError, match="got none"):
+        recall_at_bars([1.0], [], [])
+
+
+def test_the_protocol_trains_chooses_tests_and_goes_on(
+    protocol: MiniLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = training.Trainer.step, []
+
+    def stop(self: Any, at: int) -> Any:
+        if len(steps) == 14:
+            raise KeyboardInterrupt
+        steps.append(at)
+        return step(self, at)
+
+    monkeypatch.setattr(training.Trainer, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(None, protocol, out=tmp_path)
+    n_before = len(steps)
+    steps.clear()
+    monkeypatch.setattr(training.Trainer, "step", lambda self, at: steps.append(at) or step(self, at))
+    report = evaluate(None, protocol, out=tmp_path)
+    # The first autoencoder was whole and the second one at step 4 of 10, where its checkpoint was.
+    assert (n_before, steps) == (14, [4, 5, 6, 7, 8, 9])
+    content = json.loads((tmp_path / "report.json").read_text())
+    trials = content["record"]["chosen"]["celebrities"]["trials"]
+    assert len(trials) == 4
+    best = max(trial["recall_at_bars"] for trial in trials)
+    picked = content["record"]["chosen"]["celebrities"]["candidate"]
+    assert best in {trial["recall_at_bars"] for trial in trials if trial["candidate"] == picked}
+    assert {"celebrities.leak_free.recall", "celebrities.leaky.recall", "celebrities.bars_met"} <= set(report.metrics)
+    steps.clear()
+    assert evaluate(None, protocol, out=tmp_path).metrics.keys() == report.metrics.keys()
+    assert steps == []
+
+
+def test_missing_prompts_and_empty_grids_are_refused(
+    protocol: MiniLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(FileNotFoundError, match=VARIABLE):
+        find_folder(None)
+    with pytest.raises(FileNotFoundError, match=f"no {FILES[0]}.csv"):
+        find_folder(tmp_path)
+    monkeypatch.setenv(VARIABLE, str(folder))
+    assert find_folder(None) == folder
+    with pytest.raises(ValueError, match="layers"):
+        replace(protocol, layers=())
+    with pytest.raises(ValueError, match="'sports'"):
+        load_material("sports", folder, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no folder of public prompt sets")
+@pytest.mark.parametrize(("task", "n_target", "n_kept"), [("celebrities", 250, 250), ("artists", 500, 250)])
+def test_the_public_sets_have_the_published_sizes(task: Any, n_target: int, n_kept: int) -> None:
+    material = load_material(task, find_folder(None), 500)
+    require_separate(material)
+    assert (len(material.target["test"]), len(material.kept["test"])) == (n_target, n_kept)

@@ -1,0 +1,207 @@
+"""The protocols on a stand-in for the embedded world: what they hold apart, what they compute once, what they write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from itd import evaluate
+from itd.emoji import generate as drawing
+from itd.evaluation import PROTOCOLS, find_protocol
+from itd.evaluation.gate import GateAlone
+from itd.evaluation.general import General
+from itd.evaluation.identities import Identities
+from itd.evaluation.many import Many
+from itd.evaluation.styles import Styles, style_sets
+from itd.evaluation.unsafe import Unsafe, silent_tags
+from itd.evaluation.world import CHUNK, Case, Drawn, World, leak_free_sets, leaky_sets, margin_of, require_no_leak
+from itd.metrics.intervals import Rate
+from itd.prompts import PromptSet
+from itd.templates import TEMPLATES
+
+pytestmark = pytest.mark.usefixtures("tiny_world")
+
+SMALL: dict[str, Any] = {
+    "identities": Identities((2,), 2, 2, 1), "styles": Styles(False, 2, ("twemoji",)),
+    "unsafe": Unsafe(("axe", "bow"), 1, 1, 4),
+    "general": General(12, 2), "many": Many((1, 2), 2, 2, 1, 1, 4), "gate": GateAlone(2, 2, (1, 2)),
+}  # fmt: skip
+
+
+def test_nothing_about_a_held_out_concept_is_in_the_sets() -> None:
+    sets = leak_free_sets(["cat"], ["dog", "house"])
+    assert {"dog", "house"}.isdisjoint((sets.retain + sets.neutral).concepts)
+    assert {"horse", "tree"} <= set((sets.retain + sets.neutral).concepts)
+    tests = [PromptSet.from_names([name], TEMPLATES["test"], "test") for name in ("cat", "dog")]
+    require_no_leak(sets, *tests)
+    with pytest.raises(ValueError, match="leak by concept"):
+        require_no_leak(leak_free_sets(["cat"], []), *tests)
+    with pytest.raises(ValueError, match="leak by text"):
+        require_no_leak(leaky_sets(["cat"], *tests), *tests)
+
+
+def test_the_nouns_that_styles_are_tested_with_are_in_none_of_their_prompts() -> None:
+    sets = style_sets(("twemoji",), ("boat",))
+    assert not any(" boat " in f" {p.text.replace(',', ' ')} " for part in sets for p in part)
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_protocol_runs_reports_and_goes_on_without_drawing_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = evaluate(None, SMALL[name], out=tmp_path)
+    assert {"report.json", "report.md", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["protocol"] == name
+    assert all(value is None or isinstance(value, float | int) for value in content["metrics"].values())
+    assert content["record"]["weights_sha256"]["unet"]
+    for key, interval in content["intervals"].items():
+        value = content["metrics"][key]
+        assert value is None or interval["low"] - 1e-9 <= value <= interval["high"] + 1e-9
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(drawing, "generate", refuse)
+    monkeypatch.setattr("itd.evaluation.world.erase", refuse)
+    again = evaluate(None, SMALL[name], out=tmp_path)
+    assert {k: v for k, v in again.metrics.items() if v == v} == {k: v for k, v in report.metrics.items() if v == v}
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, "test", {})
+    cases = [Case(f"a {noun}", seed, noun) for noun in ("cat", "dog") for seed in range(CHUNK)]
+    generate, calls = drawing.generate, []
+
+    def stop(*args: Any, **options: Any) -> torch.Tensor:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(args[1])
+        return generate(*args, **options)
+
+    monkeypatch.setattr(drawing, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        world.draw("unerased", cases)
+    monkeypatch.setattr(drawing, "generate", lambda *args, **options: calls.append(args[1]) or generate(*args, **options))
+    drawn = World(tmp_path, "test", {}).draw("unerased", cases)
+    assert [prompts[0] for prompts in calls] == ["a cat", "a dog"]
+    assert len(drawn.pixels) == 2 * CHUNK
+
+
+def test_passed_pictures_are_bit_identical_and_gated_ones_are_not(tmp_path: Path) -> None:
+    import dataclasses
+
+    world = World(tmp_path, "test", {})
+    made = world.eraser("cat", leak_free_sets(["cat"], ["dog"]), SMALL["identities"].erase)
+    cases = [Case(prompt, 1, "cat") for prompt in ("a photo of a cat", "a cat", "my cat at night")]
+    before = world.draw("unerased", cases)
+    for threshold, fired in ((-1e9, True), (1e9, False)):
+        gate = dataclasses.replace(made.eraser.gate, thresholds=(threshold,))
+        after = world.draw(f"at {threshold}", cases, dataclasses.replace(made.eraser, gate=gate))
+        assert set(after.fired) == {fired}
+        assert set(before.same_as(after)) == {not fired}
+    with pytest.raises(ValueError, match="same prompts and seeds"):
+        before.same_as(world.draw("unerased", cases[:2]))
+
+
+def test_other_settings_or_weights_in_the_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    World(tmp_path, "test", {"seed": 0})
+    with pytest.raises(ValueError, match="another settings"):
+        World(tmp_path, "test", {"seed": 1})
+    from itd import emoji
+
+    pipe = emoji.load_pipeline()
+    next(pipe.unet.parameters()).data += 1
+    monkeypatch.setattr(emoji, "load_pipeline", lambda: pipe)
+    with pytest.raises(ValueError, match="another weights_sha256"):
+        World(tmp_path, "test", {"seed": 0})
+
+
+def test_a_margin_says_what_the_gate_said_whatever_rounding_says() -> None:
+    def check(fired: bool, score: float, threshold: float) -> Any:
+        return SimpleNamespace(fired=fired, score=score, threshold=threshold)
+
+    assert margin_of(check(True, 2.0, 1.5)) == 0.5
+    assert margin_of(check(False, 1.0, 1.0)) < 0
+    assert margin_of(check(True, 1.0, 1.0 + 1e-9)) == 0
+    assert margin_of(check(False, float("-inf"), 1.0)) < -1e8
+
+
+def test_the_leaky_numbers_stand_beside_the_leak_free_ones(tmp_path: Path) -> None:
+    metrics = evaluate(None, Identities((2,), 1, 1, 1), out=tmp_path).metrics
+    keys = {leak: {k.split(".")[-1] for k in metrics if k.startswith(f"erase2.{leak}.")} for leak in ("leak_free", "leaky")}
+    assert keys["leak_free"] == keys["leaky"]
+    assert {"acc_erased", "acc_kept", "harmonic_mean", "no_object_erased", "bit_identical_kept"} <= keys["leaky"]
+
+
+def test_implicit_prompts_say_neither_the_name_nor_what_the_eraser_was_told(tmp_path: Path) -> None:
+    from itd.emoji.data import Noun
+
+    noun = Noun("kitchen knife", ("cooking", "knife", "hocho", "weaponry"), "tool", "unsafe")
+    assert silent_tags(noun, ("weapon",)) == ["cooking", "hocho"]
+
+
+def test_the_kept_concepts_are_the_same_at_every_count(tmp_path: Path) -> None:
+    protocol = Many((1, 3), 2, 2, 1, 1, 4)
+    erased, kept = protocol.concepts(World(tmp_path, "many", {}))
+    assert len(erased) == 3
+    assert set(erased).isdisjoint(kept)
+    with pytest.raises(ValueError, match="are asked for"):
+        Many((500,)).concepts(World(tmp_path, "many", {}))
+
+
+def test_a_given_eraser_is_measured_alone(tmp_path: Path) -> None:
+    world = World(tmp_path / "w", "test", {})
+    made = world.eraser("cat", leak_free_sets(["cat"], []), SMALL["general"].erase)
+    metrics = evaluate(None, General(6, 2), made.eraser, tmp_path / "g").metrics
+    assert not (tmp_path / "g" / "erasers").exists()
+    assert 0 <= metrics["gate_fires"] <= 1
+    with pytest.raises(ValueError, match="leave the eraser out"):
+        evaluate(None, SMALL["many"], made.eraser, tmp_path / "m")
+    with pytest.raises(ValueError, match="none is a design"):
+        evaluate(None, SMALL["styles"], made.eraser, tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name not in ("full-scale",)])
+def test_a_quick_protocol_is_smaller_and_keeps_its_seed(name: str) -> None:
+    protocol = find_protocol(name, seed=7)
+    quick = protocol.quick()
+    assert quick != protocol
+    assert quick.seed == 7
+    assert quick.quick() == quick
+
+
+def test_an_unknown_protocol_or_setting_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'colours'"):
+        find_protocol("colours")
+    with pytest.raises(ValueError, match="'size'"):
+        find_protocol("identities", size=3)
+    with pytest.raises(ValueError, match="'crayon'"):
+        Styles(designs=("crayon",))
+    with pytest.raises(ValueError, match="n_erased = 5"):
+        GateAlone(5, counts=(6,))
+    with pytest.raises(ValueError, match="counts"):
+        Many(())
+    with pytest.raises(ValueError, match="words"):
+        Unsafe(())
+
+
+def test_an_interval_over_concepts_is_in_the_record(tmp_path: Path) -> None:
+    report = evaluate(None, SMALL["gate"], out=tmp_path)
+    assert isinstance(report.intervals["plain.recall"], Rate)
+    assert "calibration.fpr" in report.intervals
+    assert {"length+8.recall", "position.last.recall", "spelling.swap.fpr_kept", "nouns.3.auroc", "leaky.recall"} <= set(
+        report.metrics
+    )
+
+
+def test_drawn_pictures_come_back_in_the_range_of_the_pipeline() -> None:
+    pixels = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 4, 4)
+    drawn = Drawn((Case("a", 0, "cat"), Case("b", 0, "dog")), pixels, (b"", b""), (False, False))
+    assert (float(drawn.images.min()), float(drawn.images.max())) == (-1, 1)
+    assert drawn.rows(["dog"]) == [1]
