@@ -21,6 +21,7 @@ from itd.attacks.protocol import names_of_attacks
 from itd.erasing import PRESETS, EraseConfig, add_concepts, erase
 from itd.evaluation import ProtocolName
 from itd.generation import consecutive_seeds, generate, picture_lines, pipeline_options, write_pictures
+from itd.memory import MemoryConfig, free_memory
 from itd.runs import COMMAND, Values, base_arguments, command_name, flat, require_free, run_folder, write_arguments
 from itd.sae import SAEConfig
 from itd.training import PAPER_TRAINING, TrainConfig, train
@@ -421,9 +422,23 @@ class Info(OnModel):
     """Folder to describe. Without it, the installation and the embedded world."""
     hook_points: bool = False
     """List the hook points of the model instead."""
+    memory: bool = False
+    """Estimate instead what an autoencoder of the size below takes in training and inference; refuse what does not fit."""
+    n_latents: int = SAEConfig.n_latents
+    """Rows of encoder and decoder, for the estimate."""
+    d_model: int = 768
+    """Width of the activations, for the estimate."""
+    k: int = SAEConfig.k
+    """Latents that may be active at a position, for the estimate."""
+    settings: tyro.conf.OmitArgPrefixes[MemoryConfig] = field(default_factory=MemoryConfig)
 
     def run(self) -> None:
-        if self.hook_points:
+        if self.memory:
+            size = SAEConfig(self.d_model, self.n_latents, self.k)
+            estimates, available = self.settings.estimate(size), free_memory()
+            print(describe.describe_memory(size, estimates, available))
+            estimates["training"].require(size.n_latents, available)
+        elif self.hook_points:
             print("\n".join(map(str, inputs.list_hook_points(self.pipeline()))))
         else:
             print(describe.describe_installation() if self.path is None else describe.describe_folder(self.path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from itd.erasing import calibration_of
 from itd.explain import Check
 from itd.features import ConceptFeatures
 from itd.gate import Calibration
+from itd.memory import MemoryEstimate
 from itd.runs import COMMAND
+from itd.sae import SAEConfig
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 N_STRONGEST = 5
@@ -79,6 +81,20 @@ def describe_check(check: Check) -> str:
     return "\n".join(lines)
 
 
+# Memory
+
+
+def describe_memory(size: SAEConfig, estimates: Mapping[str, MemoryEstimate], available: int) -> str:
+    """Return what each use of an autoencoder takes, part by part, and the largest one that fits."""
+    head = f"n_latents {size.n_latents}, d_model {size.d_model}, k {size.k}; {available / 1e9:.1f} GB available"
+    rows = [("", "GB", "largest n_latents")]
+    for use, estimate in estimates.items():
+        rows.append((use, f"{estimate.total(size.n_latents) / 1e9:.2f}", str(estimate.largest(available))))
+        rows += [(f"  {name}", f"{size.n_latents * each / 1e9:.2f}", "") for name, each in estimate.per_latent.items()]
+        rows += [(f"  {name}", f"{each / 1e9:.2f}", "") for name, each in estimate.fixed.items()]
+    return "\n".join([head, "", *table(rows, indent="")])
+
+
 # Folders
 
 
@@ -118,7 +134,9 @@ def describe_folder(folder: Path) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
     config = read_json(folder / CONFIG)
-    describe = {"sae": sae_rows, "eraser": eraser_rows, "activations": activations_rows}.get(config.get("kind", ""))
+    describe = {"sae": sae_rows, "eraser": eraser_rows, "retained": retained_rows, "activations": activations_rows}.get(
+        config.get("kind", "")
+    )
     if describe is not None:
         rows = [("kind", config["kind"]), *describe(config), ("written by", f"itd {config['itd_version']}")]
     elif "command" in config:
@@ -155,6 +173,11 @@ def eraser_rows(config: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("calibration", f"{calibrated['rule']}: {rates}, AUROC {calibrated['auroc']:.4f}"))
         rows += [("weak", f"{name}: {reason}") for name, reason in record["weak"].items()]
     return rows
+
+
+def retained_rows(config: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("hook point", config["hook_point"]), ("autoencoder", f"sha256 {config['sae']}")]
+    return rows + [(f"prompts to {name}", str(len(config[name]))) for name in ("fit", "calibrate")]
 
 
 def activations_rows(config: dict[str, Any]) -> list[tuple[str, str]]:
