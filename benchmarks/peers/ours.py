@@ -1,0 +1,52 @@
+"""`itd`'s trainer, with the loss that the others minimise and moments in half precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.problem import Problem, System
+from itd import ActivationStore, SAEConfig, TrainConfig
+from itd.kernels import Group
+from itd.training import Trainer
+
+
+class Fed(Trainer):
+    """A trainer that is handed its batches."""
+
+    def draw(self, step: int) -> Tensor:
+        return self.batch
+
+    def take(self, x: Tensor, step: int) -> None:
+        self.batch = x
+        self.step(step)
+
+
+class Ours:
+    """Screened encode, sparse gradients, Adam on touched rows."""
+
+    def __init__(self, problem: Problem, x: Tensor, settings: TrainConfig) -> None:
+        used = x[: problem.n_steps * problem.tokens]
+        size = SAEConfig(problem.d_model, problem.n_latents, problem.k)
+        self.trainer, self.n_steps = Fed(ActivationStore(used, torch.ones(len(used))), size, settings), 0
+
+    @torch.no_grad()
+    def step(self, x: Tensor) -> None:
+        self.trainer.take(x, self.n_steps)
+        self.n_steps += 1
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        codes = self.trainer.encode(x, [Group(self.trainer.config.k)])[0]
+        return self.trainer.decode(codes) + self.trainer.weights["b_dec"]
+
+
+def settings_for(problem: Problem) -> TrainConfig:
+    n_tokens = problem.n_steps * problem.tokens
+    settings = TrainConfig(n_tokens=n_tokens, batch_tokens=problem.tokens, whiten=False, moments="bfloat16")
+    return replace(settings, warmup_steps=problem.warmup_steps)
+
+
+def make(problem: Problem, x: Tensor) -> System:
+    return Ours(problem, x, settings_for(problem))
