@@ -77,10 +77,10 @@ class MiniLM:
     sizes: tuple[tuple[int, int], ...] = ((16_384, 32), (32_768, 64))
     """(n_latents, k) that are tried at each layer."""
     scores: tuple[ScoreName, ...] = ("evidence", "contribution")
-    """Scores that are tried with each autoencoder."""
-    n_features: tuple[int, ...] = (16, 32, 64)
+    """Scores that are tried; the first of these, of `n_features` and of `eps` picks the autoencoder."""
+    n_features: tuple[int, ...] = (32, 16, 64)
     """Features per concept that are tried with each score."""
-    eps: tuple[float, ...] = (0.003, 0.03)
+    eps: tuple[float, ...] = (0.01, 0.003, 0.03)
     """Variance floors that are tried with `evidence`."""
     rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
     """False-positive rates that the threshold may be calibrated to."""
@@ -246,39 +246,42 @@ class Bench:
         return Margins(tuple(positives), tuple(kept), tuple(general), found)
 
     def choose(self, material: Material) -> dict[str, Any]:
-        """Pick autoencoder and settings by the recall that they allow within the bars, then the rate to calibrate to.
+        """Pick the autoencoder with the first settings, then the settings with it, by the recall that they allow within the
+        bars; then the rate to calibrate to.
 
         Only `fit` and `calibrate` prompts make the erasers, and only `choose` prompts pick one.
         """
-        sets = Sets(*(known(part) for part in (material.target, material.kept)), self.neutral(material))
-        trials = []
-        for candidate in self.protocol.candidates:
-            for config in self.protocol.settings:
-                trial = self.ledger.cell(
-                    f"trial {material.task} {candidate} {settings_name(config)}",
-                    lambda candidate=candidate, config=config: self.trial(material, sets, candidate, config),
-                )
-                trials.append(trial)
-        best = max(trials, key=lambda trial: (trial["recall_at_bars"], trial["auroc_kept"] + trial["auroc_general"]))
+        first = self.protocol.settings[0]
+        trials = [self.trial(material, candidate, first) for candidate in self.protocol.candidates]
+        where = Candidate(**max(trials, key=rank)["candidate"])
+        trials += [self.trial(material, where, config) for config in self.protocol.settings[1:]]
+        best = max(trials, key=rank)
         candidate, config = Candidate(**best["candidate"]), EraseConfig(**best["config"])
         fpr = self.pick_rate(material, best)
         shown = [{key: value for key, value in trial.items() if not isinstance(value, list)} for trial in trials]
         return {"candidate": asdict(candidate), "config": asdict(replace(config, fpr=fpr)), "fpr": fpr, "trials": shown}
 
-    def neutral(self, material: Material) -> PromptSet:
-        return sum((known(source) for source in material.general.values()), PromptSet())
-
-    def trial(self, material: Material, sets: Sets, candidate: Candidate, config: EraseConfig) -> dict[str, Any]:
+    def trial(self, material: Material, candidate: Candidate, config: EraseConfig) -> dict[str, Any]:
         """Measure one way on the `choose` prompts, and keep the scores that the rate is picked with."""
-        made = Made(erase(self.pipe, self.sae(candidate), candidate.site, *sets, config), 0.0, 0)
         key = f"trial {material.task} {candidate} {settings_name(config)}"
-        found = self.measure(key, made, material, "choose")
-        calibrate = self.margins(f"{key} calibrate", made.eraser, merged(material, "calibrate"))
-        values = {name: value.value if isinstance(value, Rate) else value for name, value in found.rates.items()}
-        return {
-            "candidate": asdict(candidate), "config": asdict(config), **values, "calibrate": calibrate,
-            "positives": list(found.positives), "kept": list(found.kept), "general": list(found.general),
-        }  # fmt: skip
+
+        def measure() -> dict[str, Any]:
+            sets = self.sets(material)
+            made = Made(erase(self.pipe, self.sae(candidate), candidate.site, *sets, config), 0.0, 0)
+            found = self.measure(key, made, material, "choose")
+            calibrate = self.margins(f"{key} calibrate", made.eraser, merged(material, "calibrate"))
+            values = {name: value.value if isinstance(value, Rate) else value for name, value in found.rates.items()}
+            return {
+                "candidate": asdict(candidate), "config": asdict(config), **values, "calibrate": calibrate,
+                "positives": list(found.positives), "kept": list(found.kept), "general": list(found.general),
+            }  # fmt: skip
+
+        return self.ledger.cell(key, measure)
+
+    def sets(self, material: Material) -> Sets:
+        """Return what the erasers of a task are made from."""
+        neutral = sum((known(source) for source in material.general.values()), PromptSet())
+        return Sets(known(material.target), known(material.kept), neutral)
 
     def pick_rate(self, material: Material, trial: Mapping[str, Any]) -> float:
         """Return the largest rate whose threshold keeps the `choose` prompts within the bars; the smallest if none does."""
@@ -295,8 +298,7 @@ class Bench:
     def test(self, material: Material, picked: Mapping[str, Any]) -> Margins:
         """Make the eraser that was picked and look at the test prompts."""
         candidate, config = Candidate(**picked["candidate"]), EraseConfig(**picked["config"])
-        sets = Sets(*(known(part) for part in (material.target, material.kept)), self.neutral(material))
-        made = self.eraser(f"{material.task} leak-free", candidate, sets, config)
+        made = self.eraser(f"{material.task} leak-free", candidate, self.sets(material), config)
         found = self.measure(f"{material.task} leak-free", made, material, "test")
         return replace(found, rates=found.rates | promises(made.eraser) | {"eraser_kb": made.n_bytes / 1024})
 
@@ -323,6 +325,11 @@ class Bench:
             name = f"layer{candidate.layer}_{candidate.n_latents}_{candidate.k}"
             found |= {f"{name}.{key}": float(value) for key, value in values.items()}
         return found
+
+
+def rank(trial: Mapping[str, Any]) -> tuple[float, float]:
+    """Order trials by the recall within the bars; where it is the same, by the areas under the curves."""
+    return trial["recall_at_bars"], trial["auroc_kept"] + trial["auroc_general"]
 
 
 def known(prompts: Mapping[Deal, PromptSet]) -> PromptSet:
