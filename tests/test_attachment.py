@@ -13,7 +13,8 @@ from tiny import N_LAYERS, SITE, build_pipeline, build_text_encoder, build_xl_pi
 from torch import Tensor
 
 from itd import SAE, Edit, Eraser, HookPoint, PromptSet, record
-from itd.attachment import digest
+from itd import attachment as attachment_module
+from itd.attachment import Roles, digest
 
 HOUSE, CAT, BOAT = "a photo of a house", "a photo of a cat", "a photo of a boat"
 
@@ -320,7 +321,7 @@ def test_a_hook_that_was_taken_off_is_an_error(pipe: Any, eraser: Eraser, site: 
 
 def test_the_encoder_of_another_eraser_does_not_excuse_a_gate_that_did_not_run(xl_pipe: Any) -> None:
     eraser = xl_eraser(xl_pipe, HookPoint("text_encoder", "encoder.layers.1"))
-    with eraser.attach(xl_pipe):
+    with eraser.attach(xl_pipe, ungated=["text_encoder_2"]):
         xl_pipe.text_encoder.encoder.layers[1]._forward_hooks.clear()
         with pytest.raises(RuntimeError, match="did not run while the prompt was encoded"):
             encode(xl_pipe, CAT)
@@ -460,7 +461,7 @@ def test_in_an_xl_pipeline_the_layer_before_the_last_is_edited_where_it_is_read(
     half = slice(0, 32) if encoder == "text_encoder" else slice(32, 64)
     other = slice(32, 64) if encoder == "text_encoder" else slice(0, 32)
     plain = {prompt: encode(xl_pipe, prompt) for prompt in (HOUSE, CAT)}
-    with eraser.attach(xl_pipe):
+    with eraser.attach(xl_pipe, ungated=[{"text_encoder": "text_encoder_2"}.get(encoder, "text_encoder")]):
         house, cat = encode(xl_pipe, HOUSE), encode(xl_pipe, CAT)
     changed = (house[0][..., half] != plain[HOUSE][0][..., half]).any(-1)[0]
     assert not changed[0]
@@ -474,7 +475,7 @@ def test_images_of_an_xl_pipeline_are_gated(xl_pipe: Any, tokenizer: Any) -> Non
     plain = {prompt: draw(xl_pipe, prompt) for prompt in (HOUSE, CAT)}
     negative = draw(xl_pipe, CAT, negative_prompt=HOUSE)
     attributes = set(vars(xl_pipe))
-    with xl_eraser(xl_pipe, HookPoint("text_encoder", "encoder.layers.1")).attach(xl_pipe):
+    with xl_eraser(xl_pipe, HookPoint("text_encoder", "encoder.layers.1")).attach(xl_pipe, ungated=["text_encoder_2"]):
         assert same(draw(xl_pipe, CAT), plain[CAT])
         assert not same(draw(xl_pipe, HOUSE), plain[HOUSE])
         assert same(draw(xl_pipe, CAT, negative_prompt=HOUSE), negative)
@@ -487,7 +488,7 @@ def test_embeddings_of_an_xl_pipeline_are_checked(xl_pipe: Any) -> None:
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     eraser = xl_eraser(xl_pipe, HookPoint("text_encoder", "encoder.layers.1"))
     foreign = dict(zip(names, encode(xl_pipe, HOUSE), strict=True))
-    with eraser.attach(xl_pipe):
+    with eraser.attach(xl_pipe, ungated=["text_encoder_2"]):
         own = dict(zip(names, encode(xl_pipe, HOUSE), strict=True))
         draw(xl_pipe, None, **own)
         with pytest.raises(ValueError, match=r"^prompt_embeds did not pass the gate"):
@@ -502,3 +503,171 @@ def test_recording_and_checking_on_an_attached_pipeline_see_what_the_encoder_com
     with eraser.attach(pipe):
         assert torch.equal(record(pipe, SITE, prompts).x, plain.x)
         assert [check.fired for check in eraser.check(pipe, [HOUSE, CAT])] == [True, False]
+
+
+# Long prompts and sides
+
+
+def encode_in_parts(pipe: Any, size: int = 8, negative_first: bool = False) -> Any:
+    """Return an `encode_prompt` as pipelines for long prompts have it: parts of the text, one call of the encoder for each."""
+
+    def states(text: str) -> Tensor:
+        ids = pipe.tokenizer(text, add_special_tokens=False).input_ids
+        parts = [ids[i : i + size] for i in range(0, len(ids), size)] or [[]]
+        rows = [[0, *part, *[1] * (size + 1 - len(part))] for part in parts]
+        return torch.cat([pipe.text_encoder(torch.tensor([row])).last_hidden_state for row in rows], 1)
+
+    def encode_prompt(prompt: Any, negative_prompt: Any = None, prompt_embeds: Any = None) -> tuple[Tensor, Tensor]:
+        texts = [negative_prompt or "", prompt] if negative_first else [prompt, negative_prompt or ""]
+        found = [states(text) for text in texts]
+        return (found[1], found[0]) if negative_first else (found[0], found[1])
+
+    return encode_prompt
+
+
+LONG = "two people and a cat by a window in the park"
+
+
+@pytest.mark.parametrize("negative_first", [False, True])
+def test_every_part_of_a_long_prompt_is_gated_and_no_part_of_the_negative_one(
+    pipe: Any, eraser: Eraser, negative_first: bool
+) -> None:
+    pipe.encode_prompt = encode_in_parts(pipe, negative_first=negative_first)
+    plain = pipe.encode_prompt(f"{LONG} {HOUSE}", LONG), pipe.encode_prompt(LONG, f"{LONG} {HOUSE}")
+    assert plain[0][0].shape[1] == 20
+    with eraser.attach(pipe) as attached:
+        positive, _ = pipe.encode_prompt(f"{LONG} {HOUSE}", LONG)
+        assert [decision.fired for decision in attached.decisions].count(True) == 1
+        assert torch.equal(positive[:, :10], plain[0][0][:, :10])
+        assert not torch.equal(positive[:, 10:], plain[0][0][:, 10:])
+        passed = pipe.encode_prompt(LONG, f"{LONG} {HOUSE}")
+        assert torch.equal(passed[0], plain[1][0])
+        assert torch.equal(passed[1], plain[1][1])
+        assert attached.n_fired == 1
+
+
+@pytest.mark.parametrize("negative_first", [False, True])
+def test_where_the_order_is_not_known_a_text_on_both_sides_is_gated_on_both(
+    pipe: Any, eraser: Eraser, negative_first: bool
+) -> None:
+    pipe.encode_prompt = encode_in_parts(pipe, negative_first=negative_first)
+    plain = pipe.encode_prompt(HOUSE, HOUSE)
+    with eraser.attach(pipe):
+        assert not any(torch.equal(a, b) for a, b in zip(pipe.encode_prompt(HOUSE, HOUSE), plain, strict=True))
+
+
+def test_parts_that_repeat_are_all_gated(pipe: Any, eraser: Eraser) -> None:
+    pipe.encode_prompt = encode_in_parts(pipe, size=5)
+    with eraser.attach(pipe) as attached:
+        pipe.encode_prompt(" ".join([HOUSE] * 3), HOUSE)
+        assert [decision.fired for decision in attached.decisions] == [True] * 4
+
+
+def test_an_encode_prompt_that_shows_the_gate_fewer_prompts_than_it_was_given_is_an_error(pipe: Any, eraser: Eraser) -> None:
+    encode_one = pipe.encode_prompt
+    pipe.encode_prompt = lambda prompt, *args, **kwargs: encode_one(prompt[0], *args, **kwargs)
+    with eraser.attach(pipe), pytest.raises(RuntimeError, match="did not run while the prompt was encoded"):
+        pipe.encode_prompt(prompt=[CAT, HOUSE], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "calls", "expected"),
+    [
+        ([[1, 2]], [[]], [[[1, 2]], [[]]], [[True], [False]]),
+        ([[]], [[]], [[[]], [[]]], [[True], [False]]),
+        ([[]], [[1, 2]], [[[]], [[1, 2]]], [[True], [False]]),
+        ([[1, 2]], [[1, 2]], [[[1, 2]], [[1, 2]]], [[True], [False]]),
+        ([[1, 2], [3]], [[], []], [[[1, 2], [3]], [[], []]], [[True, True], [False, False]]),
+        ([[1, 2], [3]], [[], []], [[[], [], [1, 2], [3]]], [[False, False, True, True]]),
+        ([[1, 2, 3, 4]], [[3, 4]], [[[1, 2]], [[3, 4]], [[3, 4]]], [[True], [True], [False]]),
+        ([[1, 2]], [[5, 1, 2]], [[[1, 2]], [[5, 1, 2]]], [[True], [False]]),
+        ([[1, 2]], [[5]], [[[9, 9]], [[5]]], [[True], [False]]),
+        ([], [[5]], [[[5]], [[6]]], [[False], [True]]),
+    ],
+)  # fmt: skip
+def test_a_row_passes_only_if_it_is_of_the_negative_prompt(
+    positive: list[list[int]], negative: list[list[int]], calls: list[list[list[int]]], expected: list[list[bool]]
+) -> None:
+    roles = Roles(positive, negative, ordered=True)
+    assert [roles.gated(rows) for rows in calls] == expected
+    assert roles.n_gated == sum(map(sum, expected))
+
+
+def test_embeddings_issued_as_negative_do_not_come_back_as_positive(pipe: Any, eraser: Eraser) -> None:
+    with eraser.attach(pipe):
+        positive, negative = encode(pipe, CAT, HOUSE)
+        draw(pipe, None, prompt_embeds=positive, negative_prompt_embeds=negative)
+        with pytest.raises(ValueError, match="prompt_embeds did not pass the gate"):
+            draw(pipe, None, prompt_embeds=negative, negative_prompt_embeds=positive)
+        empty = encode(pipe, "", "")
+        draw(pipe, None, prompt_embeds=empty[1], negative_prompt_embeds=empty[0])
+
+
+def test_where_sides_are_not_known_no_embeddings_come_back(pipe: Any, eraser: Eraser) -> None:
+    pipe.encode_prompt = encode_in_parts(pipe)
+    with eraser.attach(pipe):
+        positive, _ = pipe.encode_prompt(CAT)
+        pipe.unet(torch.zeros(1, 4, 8, 8), 1, positive)
+        with pytest.raises(ValueError, match="prompt_embeds did not pass the gate"):
+            pipe.encode_prompt(None, prompt_embeds=positive)
+
+
+def test_what_is_remembered_of_issued_embeddings_is_bounded(pipe: Any, eraser: Eraser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attachment_module, "ISSUED_ROWS", 4)
+    with eraser.attach(pipe):
+        old = encode(pipe, CAT)
+        kept = vars(pipe)["_itd_enforcer"].issued
+        for prompt in ("a dog", "a horse", "a tree"):
+            new = encode(pipe, prompt)
+            assert len(kept) <= 4
+        draw(pipe, None, prompt_embeds=new[0], negative_prompt_embeds=new[1])
+        with pytest.raises(ValueError, match="prompt_embeds did not pass the gate"):
+            draw(pipe, None, prompt_embeds=old[0], negative_prompt_embeds=old[1])
+
+
+def test_states_that_are_written_to_between_steps_are_an_error(pipe: Any, eraser: Eraser) -> None:
+    foreign, sample = encode(pipe, HOUSE)[0], torch.zeros(1, 4, 8, 8)
+    with eraser.attach(pipe):
+        own = encode(pipe, CAT)[0]
+        pipe.unet(sample, 1, own)
+        pipe.unet(sample, 1, own)
+        own.copy_(foreign)
+        with pytest.raises(RuntimeError, match="without passing the gate"):
+            pipe.unet(sample, 1, own)
+
+
+# Several text encoders
+
+
+def test_a_text_encoder_without_a_gate_is_an_error_unless_it_is_accepted(xl_pipe: Any) -> None:
+    first = xl_eraser(xl_pipe, HookPoint("text_encoder", "encoder.layers.1"))
+    with first.attach(xl_pipe), pytest.raises(RuntimeError, match="text_encoder_2 reads the prompt too and no attached eraser"):
+        draw(xl_pipe, CAT)
+    with first.attach(xl_pipe, ungated=["text_encoder_2"]):
+        draw(xl_pipe, CAT)
+    with pytest.raises(ValueError, match=r"no text encoder 'text_encoder_3'; it has \['text_encoder', 'text_encoder_2'\]"):
+        first.attach(xl_pipe, ungated=["text_encoder_3"])
+
+
+def test_with_an_eraser_on_each_text_encoder_both_halves_are_gated(xl_pipe: Any) -> None:
+    erasers = [xl_eraser(xl_pipe, HookPoint(name, "encoder.layers.1")) for name in ("text_encoder", "text_encoder_2")]
+    plain = {prompt: encode(xl_pipe, prompt)[0] for prompt in (HOUSE, CAT)}
+    with erasers[0].attach(xl_pipe), erasers[1].attach(xl_pipe):
+        house, cat = encode(xl_pipe, HOUSE)[0], encode(xl_pipe, CAT)[0]
+        own = xl_pipe.encode_prompt(CAT, "a different house", device="cpu", num_images_per_prompt=1)
+        second = vars(xl_pipe)["_itd_enforcer"].attachments[1]
+        assert [decision.fired for decision in second.decisions] == [True]
+    assert torch.equal(cat, plain[CAT])
+    for half in (slice(0, 32), slice(32, 64)):
+        assert not torch.equal(house[..., half], plain[HOUSE][..., half])
+    assert torch.equal(own[0][..., :32], plain[CAT][..., :32])
+
+
+def test_pooled_states_are_guarded_at_the_image_model_too(xl_pipe: Any) -> None:
+    eraser = xl_eraser(xl_pipe, HookPoint("text_encoder", "encoder.layers.1"))
+    with eraser.attach(xl_pipe, ungated=["text_encoder_2"]):
+        states, _, pooled, _ = encode(xl_pipe, CAT)
+        sample, ids = torch.zeros(1, 4, 8, 8), torch.zeros(1, 6)
+        xl_pipe.unet(sample, 1, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids})
+        with pytest.raises(RuntimeError, match="without passing the gate"):
+            xl_pipe.unet(sample, 1, states, added_cond_kwargs={"text_embeds": pooled + 1, "time_ids": ids})

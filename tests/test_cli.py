@@ -279,6 +279,27 @@ def test_the_kept_arguments_make_the_same_eraser_again(made: Path, tmp_path: Pat
     assert (tmp_path / "again" / "config.json").read_bytes() == (made / "house" / "config.json").read_bytes()
 
 
+def test_what_must_stay_is_encoded_once_and_concepts_are_added(
+    made: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    erase = ["erase", "--model", model, "--sae", str(made / "run" / "sae"), "--retained", str(tmp_path / "kept")]
+    out = ["--out", str(tmp_path / "eraser")]
+    assert main([*erase, "--target", "house", *KEPT, *out]) == 0
+    assert Eraser.load(tmp_path / "eraser").gate.thresholds == pytest.approx(Eraser.load(made / "house").gate.thresholds)
+    assert main([*erase, "--target", "tree", "--add-to", str(tmp_path / "eraser"), *out]) == 0
+    assert Eraser.load(tmp_path / "eraser").names == ("house", "tree")
+    assert main([*erase, "--target", "house", "tree", "--out", str(tmp_path / "both")]) == 0
+    both, added = Eraser.load(tmp_path / "both"), Eraser.load(tmp_path / "eraser")
+    assert added.gate.thresholds == pytest.approx(both.gate.thresholds, rel=1e-4)
+    assert main(["info", str(tmp_path / "kept")]) == 0
+    assert "retained" in capsys.readouterr().out
+    assert "erases 'tree' already" in failing(
+        capsys, *erase, "--target", "tree", "--add-to", str(tmp_path / "eraser"), "--out", str(tmp_path / "again")
+    )
+    without = ("erase", "--model", model, "--target", "cup", "--add-to", str(tmp_path / "eraser"), *out)
+    assert "--retained is required with --add-to" in failing(capsys, *without)
+
+
 # The layers of arguments
 
 

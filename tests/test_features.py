@@ -6,7 +6,7 @@ from reference.features import dense_maxima, evidence_weights, select_by_sets
 from torch import Tensor
 
 from itd import SAE, ConceptFeatures, FeatureStats, SAEConfig
-from itd.features import all_indices, matched_filter, prompt_maxima, set_difference
+from itd.features import PromptCodes, all_indices, matched_filter, prompt_maxima, set_difference
 from itd.kernels import SparseCodes
 
 SAE_ = SAE.random(SAEConfig(d_model=8, n_latents=30, k=4), seed=2)
@@ -209,3 +209,48 @@ def test_concepts_are_equal_when_nothing_differs() -> None:
         ConceptFeatures("a", a.indices, a.weights, scale=2.0),
     ):
         assert not a.equals(other)
+
+
+# Codes of many prompts
+
+
+def codes_of(prompts: list[Tensor]) -> PromptCodes:
+    return PromptCodes(SAE_.encode(torch.cat(prompts)), torch.tensor([len(prompt) for prompt in prompts]))
+
+
+def test_statistics_from_codes_are_those_from_activations() -> None:
+    prompts = draw_prompts(12, seed=1)
+    a, b = stats_of(prompts), FeatureStats(SAE_, 3).update_codes(codes_of(prompts))
+    torch.testing.assert_close(a.mean, b.mean)
+    torch.testing.assert_close(a.variance, b.variance)
+    assert torch.equal(a.selected, b.selected)
+    assert a.n_prompts == b.n_prompts == 12
+
+
+def test_the_latents_that_are_often_active_are_those_of_most_prompts() -> None:
+    prompts = draw_prompts(40, seed=1)
+    counts = (dense_maxima(SAE_, prompts) > 0).sum(0)
+    halves = stats_of(prompts[:15]) + stats_of(prompts[15:])
+    assert torch.equal(halves.n_active, counts)
+    often = halves.often()
+    assert len(often) == min(4 * SAE_.config.k, int((counts > 0).sum()))
+    assert counts[often].min() >= counts.sort(descending=True).values[len(often) - 1]
+    assert torch.equal(often, often.unique())
+    assert len(halves.often(most=3)) == 3
+    assert len(FeatureStats(SAE_).often()) == 0
+
+
+def test_codes_of_some_prompts_are_those_of_each() -> None:
+    prompts = draw_prompts(9, seed=2)
+    keep = torch.tensor([True, False, True, True, False, False, True, True, False])
+    found, expected = codes_of(prompts).keep(keep), codes_of([p for p, k in zip(prompts, keep, strict=True) if k])
+    assert torch.equal(found.n_tokens, expected.n_tokens)
+    torch.testing.assert_close(found.codes.acts.sort(1).values, expected.codes.acts.sort(1).values)
+
+
+def test_the_largest_value_of_a_prompt_is_over_its_tokens_and_of_none_minus_infinity() -> None:
+    prompts = draw_prompts(9, seed=2)
+    values = torch.randn(sum(map(len, prompts)), 2, generator=torch.Generator().manual_seed(0))
+    found = codes_of(prompts).largest(values)
+    for row, part in zip(found, values.split([len(prompt) for prompt in prompts]), strict=True):
+        assert torch.equal(row, part.amax(0) if len(part) else torch.full((2,), -torch.inf))

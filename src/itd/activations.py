@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,6 +49,69 @@ def stream(
         x = pipelines.activations(pipe, site, tokens).float().cpu()
         ids = tokens.input_ids
         yield Batch(part, ids, x, pipelines.content_mask(ids, tokenizer), pipelines.edit_mask(ids, tokenizer))
+
+
+class Contents(NamedTuple):
+    """Activations of the content tokens of some prompts, one prompt after the other."""
+
+    prompts: list[int]
+    """Places of the prompts among those that were given."""
+    x: Float[Tensor, "tokens d_model"]
+    n_tokens: list[int]
+    """Content tokens of each prompt."""
+    keys: list[bytes]
+    """Per token, what its activation depends on: in a causal encoder the prompt up to it, elsewhere all of it and the place."""
+
+    def split(self) -> list[Float[Tensor, "tokens d_model"]]:
+        """Return the activations of each prompt."""
+        return list(self.x.split(self.n_tokens))
+
+
+def stream_contents(
+    pipe: Any,
+    site: HookPoint,
+    rows: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    batch_tokens: int = 1024,
+    desc: str = "encode prompts",
+) -> Iterator[Contents]:
+    """Yield activations of content tokens in fp32 on the CPU, shortest prompts first, without padding where it has no part.
+
+    `rows`: the texts' token ids, from `pipelines.token_rows`.
+    """  # fmt: skip
+    tokenizer, encoder = pipelines.tokenizer_of(pipe, site.encoder), pipelines.encoder_of(pipe, site.encoder)
+    causal = pipelines.needs_no_padding(encoder)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    groups = list(group_by_size(order, [len(row) for row in rows], batch_tokens))
+    for group in tqdm(groups, desc=desc, unit="batch", disable=len(groups) < 16, leave=False):
+        if causal:
+            tokens = pipelines.pad_rows([rows[i] for i in group], tokenizer)
+        else:
+            tokens = pipelines.tokenize(pipe, site.encoder, [texts[i] for i in group])
+        content = pipelines.content_mask(tokens.input_ids, tokenizer)
+        x = pipelines.activations(pipe, site, tokens).float().cpu()
+        keys = [key for ids, mask in zip(tokens.input_ids, content, strict=True) for key in token_keys(ids, mask, causal)]
+        yield Contents(list(group), x[content], content.sum(1).tolist(), keys)
+
+
+def group_by_size(order: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    """Yield runs of `order`, which ascends in size, that take at most `most` when each is padded to the largest."""
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end - start + 1) * sizes[order[end]] > most:
+            yield order[start:end]
+            start = end
+
+
+def token_keys(ids: Int[Tensor, " tokens"], content: Bool[Tensor, " tokens"], causal: bool) -> list[bytes]:
+    """Return, for each content token, what identifies all that its activation depends on."""
+    keys: list[bytes] = []
+    running = hashlib.blake2b(b"" if causal else ids.numpy().tobytes(), digest_size=16)
+    for token, counts in zip(ids.tolist(), content.tolist(), strict=True):
+        running.update(token.to_bytes(4, "little"))
+        if counts:
+            keys.append(running.copy().digest())
+    return keys
 
 
 class ActivationStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from itd import pipelines
+from itd.cache import ByteCache
 from itd.gate import Decision
 from itd.hooks import Handle, before_forward, edit_output
 
@@ -20,16 +21,67 @@ if TYPE_CHECKING:
 
 ENFORCER = "_itd_enforcer"
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
+ISSUED_ROWS = 2**16
+"""How many of the rows that `encode_prompt` returned last may come back as embeddings."""
+
+
+class Roles:
+    """Tells, while `encode_prompt` runs, which rows of the encoder's calls the gate has to see.
+
+    A row passes without the gate only if it is part of the negative prompt, and not of a positive prompt's text that the
+    gate has not seen yet. So long prompts are gated however they are cut, and what cannot be told apart is gated.
+
+    positive, negative: token ids of the whole texts. `ordered`: the pipeline is known to encode positive prompts first;
+    otherwise a text that is on both sides is gated on both.
+    """
+
+    def __init__(self, positive: Sequence[Sequence[int]], negative: Sequence[Sequence[int]], ordered: bool) -> None:
+        self.positive, self.negative, self.ordered = [list(ids) for ids in positive], negative, ordered
+        self.seen: list[int | None] = [None] * len(positive)
+        """Per positive prompt, how many of its tokens the gate has seen; None before the first."""
+        self.n_gated = 0
+
+    def gated(self, rows: Iterable[Sequence[int]]) -> list[bool]:
+        """Return for each row of a call, given by its content, whether the gate has to see it."""
+        marks = [self.is_gated(list(row)) for row in rows]
+        self.n_gated += sum(marks)
+        return marks
+
+    def is_gated(self, row: list[int]) -> bool:
+        if self.takes(row):
+            return True
+        if not any(contains(ids, row) for ids in self.negative):
+            return True
+        return not self.ordered and any(contains(ids, row) for ids in self.positive if row)
+
+    def takes(self, row: list[int]) -> bool:
+        """Count the row to a positive prompt that it begins or continues, if there is one."""
+        for i, (ids, seen) in enumerate(zip(self.positive, self.seen, strict=True)):
+            start = seen or 0
+            begins = seen is None and (bool(row) or not ids)
+            if (begins or (row and seen is not None)) and ids[start : start + len(row)] == row:
+                self.seen[i] = start + len(row)
+                return True
+        return False
+
+
+def contains(ids: Sequence[int], part: Sequence[int]) -> bool:
+    """Tell whether `part` stands in `ids` without a gap."""
+    return any(list(ids[i : i + len(part)]) == list(part) for i in range(len(ids) - len(part) + 1))
 
 
 class Attachment(Handle):
     """An eraser on a pipeline. `remove()`, or leaving the `with` block, takes it off.
 
-    `decisions`: what the gate said of the prompts of the last call. `n_prompts`, `n_fired`: counts since attaching.
+    `decisions`: what the gate said of the prompts of the last call; of a long prompt that the pipeline encodes in parts, of
+    each part. `n_prompts`, `n_fired`: counts of these since attaching.
     """
 
-    def __init__(self, eraser: Eraser, pipe: Any) -> None:
-        self.eraser, self.pipe = eraser, pipe
+    def __init__(self, eraser: Eraser, pipe: Any, ungated: Sequence[str] = ()) -> None:
+        self.eraser, self.pipe, self.ungated = eraser, pipe, frozenset(ungated)
+        unknown = sorted(self.ungated - set(pipelines.text_encoders(pipe)))
+        if unknown:
+            raise ValueError(f"the pipeline has no text encoder {unknown[0]!r}; it has {pipelines.text_encoders(pipe)}")
         self.encoder = pipelines.encoder_of(pipe, eraser.hook_point.encoder)
         module = eraser.hook_point.resolve(pipe)
         eraser.require_encoder(pipelines.fingerprint(pipe, eraser.hook_point))
@@ -38,10 +90,10 @@ class Attachment(Handle):
         self.decisions: list[Decision] = []
         self.n_prompts = self.n_fired = 0
         self.input_ids: Int[Tensor, "batch tokens"] | None = None
-        self.fired_in_call = 0
+        self.runs_in_call = 0
         """How often the hook ran since the pipeline began to encode a prompt."""
-        self.gated_calls: int | None = None
-        """How many more encoder calls carry positive prompts; None outside `encode_prompt`, where all are gated."""
+        self.roles: Roles | None = None
+        """Which rows are gated; None outside `encode_prompt`, where all are."""
         enforcer = Enforcer.of(pipe)
         enforcer.add(self)
         look = before_forward(self.encoder, self.remember_tokens)
@@ -54,33 +106,54 @@ class Attachment(Handle):
 
     def gate(self, hidden: Float[Tensor, "batch tokens d_model"]) -> Tensor | None:
         """Edit gated rows of the hook point's output; None leaves the output as it is, bit for bit."""
-        self.fired_in_call += 1
-        if self.gated_calls is not None:
-            if self.gated_calls == 0:
-                return None
-            self.gated_calls -= 1
+        self.runs_in_call += 1
         if self.input_ids is None:
             raise RuntimeError("the text encoder was called without input_ids: the gate cannot see the prompt; pass token ids")
         tokenizer = pipelines.tokenizer_of(self.pipe, self.eraser.hook_point.encoder)
         content = pipelines.content_mask(self.input_ids, tokenizer)
         editable = pipelines.edit_mask(self.input_ids, tokenizer)
-        erased = self.worker(hidden, content, editable)
-        self.decisions = erased.decisions
+        if self.roles is None:
+            self.decisions, marks = [], [True] * len(hidden)
+        else:
+            marks = self.roles.gated(ids[mask].tolist() for ids, mask in zip(self.input_ids, content, strict=True))
+        if not any(marks):
+            return None
+        rows = torch.tensor(marks, device=hidden.device)
+        given = hidden if all(marks) else hidden[rows]
+        at = rows.to(content.device)
+        erased = self.worker(given, content[at], editable[at])
+        self.decisions += erased.decisions
         self.n_prompts += len(erased.decisions)
         self.n_fired += sum(decision.fired for decision in erased.decisions)
-        return None if erased.x is hidden else erased.x
+        if erased.x is given:
+            return None
+        return erased.x if all(marks) else hidden.masked_scatter(rows[:, None, None], erased.x)
 
-    def begin_call(self, has_prompt: bool) -> None:
-        if getattr(self.pipe, self.eraser.hook_point.encoder, None) is not self.encoder:
-            raise RuntimeError(
-                f"{self.eraser.hook_point.encoder} was replaced after the eraser was attached; remove and attach it again"
-            )
-        self.fired_in_call, self.gated_calls = 0, int(has_prompt)
+    def begin_call(self, arguments: dict[str, Any], has_prompt: bool, ordered: bool) -> None:
+        """Expect the prompts of a call of `encode_prompt`."""
+        name = self.eraser.hook_point.encoder
+        if getattr(self.pipe, name, None) is not self.encoder:
+            raise RuntimeError(f"{name} was replaced after the eraser was attached; remove and attach it again")
+        positive = texts_of(arguments, "prompt", name) if has_prompt else []
+        negative = texts_of(arguments, "negative_prompt", name) or [""]
+        self.runs_in_call, self.decisions = 0, []
+        ids = [pipelines.token_rows(self.pipe, name, texts, whole=True) for texts in (positive, negative)]
+        self.roles = Roles(ids[0], ids[1], ordered)
 
-    def end_call(self) -> int:
-        """Gate every call of the encoder again; return how often the hook ran since `begin_call`."""
-        self.gated_calls = None
-        return self.fired_in_call
+    def end_call(self) -> tuple[int, int]:
+        """Gate every call of the encoder again; return how often the hook ran since `begin_call`, and on how many rows."""
+        assert self.roles is not None
+        n_gated, self.roles = self.roles.n_gated, None
+        return self.runs_in_call, n_gated
+
+
+def texts_of(arguments: dict[str, Any], name: str, encoder: str) -> list[str]:
+    """Return the texts that a pipeline gives to an encoder: those for `text_encoder_2` are `prompt_2`, or else `prompt`."""
+    own = arguments.get(name + encoder.removeprefix("text_encoder"))
+    found = arguments.get(name) if own is None else own
+    if found is None:
+        return []
+    return [found] if isinstance(found, str) else list(found)
 
 
 class Enforcer:
@@ -89,9 +162,9 @@ class Enforcer:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.attachments: list[Attachment] = []
-        self.issued: set[bytes] = set()
-        """Digests of the embeddings that `encode_prompt` returned: what may reach the image model."""
-        self.admitted: Tensor | None = None
+        self.issued: ByteCache[bool] = ByteCache(ISSUED_ROWS)
+        """Digests of the embeddings that `encode_prompt` returned last, with whether they may come back as positive ones."""
+        self.admitted: dict[str, tuple[Tensor, int | None]] = {}
         self.encode_prompt: Callable[..., Any] = pipe.encode_prompt
         self.replaced = vars(pipe).get("encode_prompt")
         """The pipeline's own attribute, where it had one that hid the method of its class."""
@@ -107,7 +180,8 @@ class Enforcer:
     def add(self, attachment: Attachment) -> None:
         """Enforce one more eraser; embeddings that were encoded without it are not accepted any more."""
         self.attachments.append(attachment)
-        self.issued, self.admitted = set(), None
+        self.issued.clear()
+        self.admitted.clear()
 
     def drop(self, attachment: Attachment) -> None:
         """Forget an attachment; with the last one the pipeline is as it was."""
@@ -124,45 +198,94 @@ class Enforcer:
 
         Raises:
             ValueError: embeddings were passed by hand.
-            RuntimeError: the gate did not run, or the text encoder was replaced.
+            RuntimeError: the gate did not run on the prompts, a text encoder has no gate, or one was replaced.
         """
         arguments = self.signature.bind(*args, **kwargs).arguments
         by_hand = [name for name in EMBEDDINGS if arguments.get(name) is not None]
         for name in by_hand:
-            if not self.passed(arguments[name]):
+            if not self.passed(arguments[name], positive=True):
                 raise ValueError(f"{name} did not pass the gate of the attached eraser; pass the prompt as text")
         has_prompt = not by_hand and arguments.get("prompt") is not None
+        if has_prompt:
+            self.require_all_gated()
+        begun: list[Attachment] = []
         try:
             for attachment in self.attachments:
-                attachment.begin_call(has_prompt)
+                attachment.begin_call(arguments, has_prompt, self.is_known)
+                begun.append(attachment)
             result = self.encode_prompt(*args, **kwargs)
         finally:
-            ran = [attachment.end_call() for attachment in self.attachments]
-        for attachment, n_runs in zip(self.attachments, ran, strict=True):
-            if has_prompt and n_runs == 0:
+            ran = [attachment.end_call() for attachment in begun]
+        n_prompts = max(len(texts_of(arguments, "prompt", "text_encoder")), 1) if has_prompt else 0
+        for attachment, (n_runs, n_gated) in zip(self.attachments, ran, strict=True):
+            if has_prompt and (n_runs == 0 or n_gated < n_prompts):
                 raise RuntimeError(
                     f"the gate at {attachment.eraser.hook_point} did not run while the prompt was encoded; "
                     "nothing was generated: remove the eraser to generate without it"
                 )
-        outputs = result if isinstance(result, tuple) else (result,)
-        self.issued.update(digest(row) for output in outputs if isinstance(output, Tensor) for row in output)
+        self.issue(result if isinstance(result, tuple) else (result,))
         return result
 
-    def passed(self, states: Tensor) -> bool:
-        """Tell whether every row came from `encode_gated` since the last eraser was attached."""
-        return all(digest(row) in self.issued for row in states)
+    @property
+    def is_known(self) -> bool:
+        """Whether `encode_prompt` is one of diffusers' own for Stable Diffusion: positive prompts first, in and out."""
+        function = getattr(self.encode_prompt, "__func__", self.encode_prompt)
+        family = any(cls.__name__.startswith("StableDiffusion") for cls in type(self.pipe).__mro__)
+        return family and getattr(function, "__module__", "").startswith("diffusers.pipelines.")
+
+    def require_all_gated(self) -> None:
+        """Raise RuntimeError if a text encoder conditions the image model and no attached eraser gates it."""
+        gated = {attachment.eraser.hook_point.encoder for attachment in self.attachments}
+        accepted = {name for attachment in self.attachments for name in attachment.ungated}
+        for name in pipelines.text_encoders(self.pipe):
+            if name not in gated | accepted:
+                raise RuntimeError(
+                    f"{name} reads the prompt too and no attached eraser gates it, so what is erased can enter through it; "
+                    f"attach an eraser made for it, or accept that with eraser.attach(pipe, ungated=[{name!r}])"
+                )
+
+    def issue(self, outputs: Sequence[Any]) -> None:
+        """Keep what identifies the rows of the embeddings that `encode_prompt` returned.
+
+        Where it is known which of them are positive, these may be passed back by hand; rows of negative prompts, which
+        were not gated, may not.
+        """
+        known = self.is_known and len(outputs) in (2, 4)
+        for i, output in enumerate(outputs):
+            for row in output if isinstance(output, Tensor) else ():
+                key = digest(row)
+                self.issued.put(key, (known and i % 2 == 0) or bool(self.issued.get(key)), 1)
+
+    def passed(self, states: Tensor, positive: bool = False) -> bool:
+        """Tell whether every row came from `encode_gated` since the last eraser was attached, as a positive one if asked."""
+        found = [self.issued.get(digest(row)) for row in states]
+        return all(each is not None and (each or not positive) for each in found)
 
     def check_embeddings(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise RuntimeError unless every row of the image model's text states came from `encode_gated`."""
-        states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        if states is None or states is self.admitted:
-            return
-        if not self.passed(states):
-            raise RuntimeError(
-                "text states reached the image model without passing the gate of the attached eraser; "
-                "let the pipeline encode the prompt"
-            )
-        self.admitted = states
+        states = {
+            "encoder_hidden_states": kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None),
+            "text_embeds": (kwargs.get("added_cond_kwargs") or {}).get("text_embeds"),
+        }
+        for name, value in states.items():
+            if value is None or self.is_admitted(name, value):
+                continue
+            if not self.passed(value):
+                raise RuntimeError(
+                    "text states reached the image model without passing the gate of the attached eraser; "
+                    "let the pipeline encode the prompt"
+                )
+            self.admitted[name] = value, version_of(value)
+
+    def is_admitted(self, name: str, states: Tensor) -> bool:
+        """Tell whether these states were checked in the step before and not written to since."""
+        known, version = self.admitted.get(name, (None, None))
+        return known is states and version is not None and version == version_of(states)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return a number that changes when a tensor is written to; None where torch keeps none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def digest(row: Tensor) -> bytes:
@@ -171,8 +294,8 @@ def digest(row: Tensor) -> bytes:
     return hashlib.blake2b(values.numpy().tobytes() + str((row.dtype, row.shape)).encode(), digest_size=16).digest()
 
 
-def attach(eraser: Eraser, pipe: Any) -> Attachment:
+def attach(eraser: Eraser, pipe: Any, ungated: Sequence[str] = ()) -> Attachment:
     """Attach an eraser to a pipeline; see `Eraser.attach`."""
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{type(pipe).__name__} has no encode_prompt; itd attaches to diffusers text-to-image pipelines")
-    return Attachment(eraser, pipe)
+    return Attachment(eraser, pipe, ungated)

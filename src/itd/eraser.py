@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itd.artifacts import CONFIG, read_config, read_tensors, reading, require_keys, save_artifact
+from itd.early_exit import EarlyExit
 from itd.features import ConceptFeatures
 from itd.gate import Decision, Gate, keep_features
 from itd.hooks import HookPoint
+from itd.kernels import SparseCodes
 from itd.sae import SAE
 
 if TYPE_CHECKING:
     from itd.attachment import Attachment
-    from itd.explain import Check
+    from itd.explain import Check, PromptMemory
 
 KIND = "eraser"
+SCHEMA_VERSION = 2
+"""2 added the tensor `often` and the field `positives` of a record."""
 EditMode = Literal["scale", "remove", "subtract", "replace"]
 EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace")
 ENCODER_TOLERANCE = 0.03
@@ -78,6 +83,8 @@ class Eraser:
     """For `replace`: activations that stand in for the concept's token and for the end of the prompt."""
     records: tuple[dict[str, Any], ...] = ()
     """Per call of `erase` that went into it: calibration, prompts' hashes, settings."""
+    often: Int[Tensor, " m"] | None = None
+    """Latents that are active in most prompts, distinct: what decides early that features are not active."""
 
     def __post_init__(self) -> None:
         if not self.concepts:
@@ -90,6 +97,11 @@ class Eraser:
                 raise ValueError(
                     f"feature {int(concept.indices.max())} of {concept.name!r} is not in an autoencoder of {n_latents} latents"
                 )
+        if self.often is not None and len(self.often):
+            if len(self.often.unique()) != len(self.often):
+                raise ValueError("the latents in `often` must be distinct, or active ones would be counted twice")
+            if not 0 <= int(self.often.min()) <= int(self.often.max()) < n_latents:
+                raise ValueError(f"the latents in `often` must be those of an autoencoder of {n_latents} latents")
         if self.edit.mode == "replace" and self.anchors is None:
             raise ValueError("the edit 'replace' needs anchors; make the eraser with itd.erase")
 
@@ -113,25 +125,51 @@ class Eraser:
         """
         if not x.isfinite().all():
             raise ValueError("activations contain NaN or infinity: the text encoder overflowed; use fp32 or bf16")
-        decisions = [self.decide(row[mask]) for row, mask in zip(x, content, strict=True)]
-        if not any(decision.fired for decision in decisions):
-            return Erased(x, decisions)
-        out = x.clone()
+        decisions = self.decide_all([row[mask] for row, mask in zip(x, content, strict=True)])
+        out = x.clone() if any(decision.fired for decision in decisions) else x
         for row, decision in enumerate(decisions):
             if decision.fired:
                 out[row] = self.edit_prompt(x[row], content[row], editable[row], decision)
+        if not all(decision.early for decision in decisions):
+            self.sae.release()
         return Erased(out, decisions)
+
+    @cached_property
+    def early_exit(self) -> EarlyExit | None:
+        """What decides most prompts from few rows of the encoder; None for the paper's score."""
+        return self.gate.early_exit(self.sae, self.concepts, self.often)
+
+    @cached_property
+    def memory(self) -> PromptMemory:
+        """What `check` remembers of the prompts that came last."""
+        from itd.explain import PromptMemory
+
+        return PromptMemory()
 
     def decide(self, x: Float[Tensor, "tokens d_model"]) -> Decision:
         """Gate one prompt by the activations of its content tokens."""
-        return self.gate.decide(self.sae, self.concepts, x.float())
+        return self.gate.decide(self.sae, self.concepts, x.float(), self.early_exit)
+
+    @torch.no_grad()
+    def decide_all(self, prompts: Sequence[Float[Tensor, "tokens d_model"]]) -> list[Decision]:
+        """Gate prompts, each by itself; only the early exit, whose result does not depend on it, is done for all at once."""
+        if self.early_exit is None or not prompts:
+            return [self.decide(x) for x in prompts]
+        below = self.early_exit.below(torch.cat(list(prompts)).float(), self.gate.thresholds).split([len(x) for x in prompts])
+        return [self.decide_marked(x.float(), marks) for x, marks in zip(prompts, below, strict=True)]
+
+    def decide_marked(self, x: Float[Tensor, "tokens d_model"], below: Bool[Tensor, " tokens"]) -> Decision:
+        """Gate one prompt of which some tokens are known to be below all thresholds."""
+        if len(x) and bool(below.all()):
+            return self.gate.passed(self.sae, self.concepts, x)
+        return self.gate.decide_in_full(self.sae, self.concepts, x)
 
     def edit_prompt(
         self, x: Float[Tensor, "tokens d_model"], content: Tensor, editable: Tensor, decision: Decision
     ) -> Float[Tensor, "tokens d_model"]:
         """Edit one gated prompt by the features of the concepts that fired."""
         hidden = x.float()
-        codes = self.sae.encode(hidden)
+        codes = self.codes_of(hidden, content, editable, decision.scores.codes)
         fired = [self.concepts[c] for c in decision.concepts]
         indices = torch.cat([concept.indices for concept in fired]).unique()
         written = self.sae.write(keep_features(codes, ConceptFeatures("", indices, torch.ones(len(indices)))))
@@ -140,6 +178,18 @@ class Eraser:
         if self.edit.mode == "replace":
             edited = self.put_anchors(edited, content, decision)
         return torch.where(editable[:, None], edited, hidden).to(x.dtype)
+
+    def codes_of(
+        self, x: Float[Tensor, "tokens d_model"], content: Tensor, editable: Tensor, known: SparseCodes
+    ) -> SparseCodes:
+        """Return the codes of all editable positions; those of the content are known from the decision."""
+        rest = editable & ~content
+        encoded = self.sae.encode(x[rest])
+        acts = x.new_zeros(len(x), encoded.acts.shape[1], dtype=encoded.acts.dtype)
+        indices = torch.zeros(acts.shape, dtype=torch.int64, device=x.device)
+        for where, codes in ((content, known), (rest, encoded)):
+            acts[where], indices[where] = codes.acts, codes.indices
+        return SparseCodes(acts, indices)
 
     def put_anchors(self, edited: Float[Tensor, "tokens d_model"], content: Tensor, decision: Decision) -> Tensor:
         """Set the anchor at tokens that reach the threshold by themselves, and behind the prompt's end."""
@@ -187,32 +237,36 @@ class Eraser:
             concepts=self.concepts + tuple(concept for concept, _ in fresh),
             gate=self.gate | replace(other.gate, thresholds=tuple(threshold for _, threshold in fresh)),
             records=self.records + tuple(record for record in other.records if record not in self.records),
+            often=other.often if self.often is None else self.often,
         )
 
     def require_encoder(self, fingerprint: Float[Tensor, " d_model"]) -> None:
         """Raise ValueError if a probe activation is not that of the text encoder this eraser was made for."""
         if self.fingerprint is None:
             return
-        same_shape = fingerprint.shape == self.fingerprint.shape
-        difference = (fingerprint - self.fingerprint).norm() / self.fingerprint.norm() if same_shape else torch.tensor(1.0)
-        if not difference <= ENCODER_TOLERANCE:
+        if not same_encoder(fingerprint, self.fingerprint):
+            same_shape = fingerprint.shape == self.fingerprint.shape
+            difference = (fingerprint - self.fingerprint).norm() / self.fingerprint.norm() if same_shape else torch.tensor(1.0)
             raise ValueError(
                 f"the eraser was made for another text encoder (probe activation differs by {float(difference):.0%}); "
                 "make it again with itd.erase on this pipeline"
             )
 
-    def attach(self, pipe: Any) -> Attachment:
+    def attach(self, pipe: Any, ungated: Sequence[str] = ()) -> Attachment:
         """Enforce the eraser on a pipeline; a context manager and a handle with `remove()`.
 
         Attached means enforced: a gate that did not run, embeddings passed by hand, a replaced text encoder or NaN
         activations raise instead of passing. Negative prompts are not gated. Removal restores the pipeline bit for bit.
 
+        A pipeline with several text encoders needs an eraser attached to each before it generates, or `ungated`: names of
+        those that may read the prompt without one.
+
         Raises:
-            ValueError: unknown hook point, another text encoder.
+            ValueError: unknown hook point, another text encoder, or no text encoder of a name in `ungated`.
         """
         from itd.attachment import attach
 
-        return attach(self, pipe)
+        return attach(self, pipe, ungated)
 
     def check(self, pipe: Any, prompts: str | Sequence[str]) -> list[Check]:
         """Say, per prompt: score, threshold, fired, and which tokens and features decided. Generates nothing."""
@@ -243,7 +297,9 @@ class Eraser:
         for name in ("fingerprint", "anchors"):
             if getattr(self, name) is not None:
                 tensors[name] = getattr(self, name)
-        save_artifact(folder, KIND, config, {"features": tensors})
+        if self.often is not None:
+            tensors["often"] = self.often.to(torch.int32)
+        save_artifact(folder, KIND, config, {"features": tensors}, SCHEMA_VERSION)
 
     @classmethod
     def load(cls, folder: str | Path, sae: SAE | None = None) -> Eraser:
@@ -254,12 +310,12 @@ class Eraser:
             ValueError: an altered file, or the autoencoder is another one or not to be found.
         """
         keys = ("sae", "hook_point", "concepts", "gate", "edit", "records")
-        config = read_config(folder, KIND, keys)
+        config = read_config(folder, KIND, keys, (1, SCHEMA_VERSION))
         place = Path(folder) / CONFIG
         require_keys(place, config["sae"], ("sha256", "source"))
         for concept in config["concepts"]:
             require_keys(place, concept, ("name", "n_features", "scale", "offset"))
-        tensors = read_tensors(folder, config, "features", ("indices", "weights"), ("fingerprint", "anchors"))
+        tensors = read_tensors(folder, config, "features", ("indices", "weights"), ("fingerprint", "anchors", "often"))
         needed = find_sae(config["sae"], sae, folder)
         with reading(folder):
             sizes = [concept["n_features"] for concept in config["concepts"]]
@@ -277,7 +333,13 @@ class Eraser:
                 tensors.get("fingerprint"),
                 tensors.get("anchors"),
                 tuple(config["records"]),
+                tensors["often"].long() if "often" in tensors else None,
             )
+
+
+def same_encoder(a: Float[Tensor, " d_model"], b: Float[Tensor, " d_model"]) -> bool:
+    """Tell whether two probe activations are of one text encoder, in whatever precision."""
+    return a.shape == b.shape and bool((a - b).norm() <= ENCODER_TOLERANCE * b.norm())
 
 
 def find_sae(wanted: dict[str, Any], sae: SAE | None, folder: str | Path) -> SAE:

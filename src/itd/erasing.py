@@ -13,11 +13,12 @@ from torch import Tensor
 
 from itd import pipelines
 from itd.activations import stream
-from itd.eraser import Edit, EditMode, Eraser
-from itd.features import ConceptFeatures, FeatureStats, matched_filter, set_difference
-from itd.gate import Calibration, Gate, ScoreName, calibrate, score
+from itd.eraser import Edit, EditMode, Eraser, same_encoder
+from itd.features import ConceptFeatures, FeatureStats, PromptCodes, matched_filter, set_difference
+from itd.gate import Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts
 from itd.hooks import HookPoint
 from itd.prompts import Prompt, PromptSet, check_leaks
+from itd.retained import Retained, check_given_splits, encode_prompts, require_site, split_negative
 from itd.sae import SAE
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def erase(
     sae: SAE,
     site: HookPoint,
     target: PromptSet,
-    retain: PromptSet,
+    retain: PromptSet | Retained,
     neutral: PromptSet | None = None,
     config: EraseConfig | str = "default",
 ) -> Eraser:
@@ -84,38 +85,127 @@ def erase(
 
     Args:
         target: prompts of what is to go, with their concept; prompts without one are taken as one concept.
-        retain: prompts of what must stay, close to the target where possible.
+        retain: prompts of what must stay, close to the target where possible; or `Retained`, which has them encoded.
         neutral: general prompts that must pass.
         config: an `EraseConfig`, or the name of a preset: "default" or "paper".
 
     Raises:
-        ValueError: an empty set, a target concept among the retained ones, a concept with prompts in one split only, a wrong
-            d_model or hook point, NaN activations.
+        ValueError: an empty set, a target concept among the retained ones, a concept with prompts in one split only, splits
+            that leak, another hook point than the autoencoder's, a wrong d_model, NaN activations.
     """
     settings = find_preset(config) if isinstance(config, str) else config
-    site.resolve(pipe)
-    sets = split_sets(target, retain, neutral or PromptSet(), settings.seed)
-    positive, negative = sets
-    stats = {name: gather_stats(pipe, sae, site, positive.of("fit").about(name), settings) for name in positive.concepts}
-    kept = gather_stats(pipe, sae, site, negative.of("fit"), settings)
-    concepts = select(stats, kept, settings)
-    if settings.score == "evidence":
-        concepts = standardise(pipe, sae, site, concepts, positive.of("fit"), negative.of("fit"), settings)
-    held_out = positive.of("calibrate"), negative.of("calibrate")
-    scores = [concept_scores(pipe, sae, site, concepts, prompts, settings) for prompts in held_out]
+    require_site(pipe, sae, site)
+    if isinstance(retain, Retained):
+        if neutral:
+            raise ValueError("`Retained` holds the neutral prompts too; give neutral prompts when it is made")
+        positive = split_target(target, settings.seed)
+        kept = fitting(retain, pipe, sae, site).without(positive)
+    else:
+        positive, _ = split_sets(target, retain, neutral or PromptSet(), settings.seed)
+        kept = Retained.make(pipe, sae, site, retain, neutral, settings.seed)
+    fit = {name: encode_prompts(pipe, sae, site, positive.of("fit").about(name)) for name in positive.concepts}
+    concepts = standardise(sae, select(sae, fit, kept, settings), fit, kept, settings)
+    held_out = positive.of("calibrate")
+    scores = [
+        concept_scores(pipe, sae, site, concepts, prompts, settings, codes)
+        for prompts, codes in ((held_out, None), (kept.calibrate, kept.calibrate_codes))
+    ]
     calibration = calibrate(scores[0].amax(1), scores[1].amax(1), fpr=settings.fpr, recall=settings.recall)
     gate = Gate(settings.score, (calibration.threshold,) * len(concepts), settings.strength)
-    weak = weak_concepts(concepts, held_out[0], scores[0], calibration.threshold)
-    for name, reason in weak.items():
-        logger.warning("%s: %s; its prompts may pass. Give it more prompts or a larger autoencoder", name, reason)
-    record = {
-        "config": asdict(settings), "calibration": asdict(calibration), "weak": weak, "concepts": list(positive.concepts),
-        "prompts_sha256": {"target": target.sha256, "retain": retain.sha256, "neutral": (neutral or PromptSet()).sha256},
-    }  # fmt: skip
+    record = make_record(settings, concepts, held_out, scores[0], calibration, target, kept)
     return Eraser(
         sae, site, concepts, gate, Edit(settings.edit, settings.strength), pipelines.fingerprint(pipe, site),
-        anchor_activations(pipe, site, settings.anchor), (record,),
+        anchor_activations(pipe, site, settings.anchor), (record,), kept.stats(settings.k_sel).often(),
     )  # fmt: skip
+
+
+def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retained) -> Eraser:
+    """Return an eraser that erases further concepts too, at the false-positive rate or recall that it was calibrated to.
+
+    The settings are those of the eraser, the features of its concepts stay, and one threshold is chosen anew for all. That is
+    what erasing all of them at once gives, if what must stay named none of them. What the held-out prompts of earlier concepts
+    score is known from when they were added; that a later concept may find them too is not counted in the recall.
+
+    Raises:
+        ValueError: see `erase`; a concept that the eraser has; an eraser of the paper's kind, of several that were joined with
+            other settings, or of an earlier version; `Retained` of another autoencoder or text encoder.
+    """
+    settings = common_settings(eraser)
+    site, sae = eraser.hook_point, eraser.sae
+    positive = split_target(target, settings.seed)
+    known = [name for name in positive.concepts if name in eraser.names]
+    if known:
+        raise ValueError(f"the eraser erases {known[0]!r} already; add concepts that it does not have")
+    erased = PromptSet(tuple(Prompt(name, name) for name in eraser.names))
+    kept = fitting(retained, pipe, sae, site).without(positive + erased)
+    eraser.require_encoder(kept.fingerprint)
+    fit = {name: encode_prompts(pipe, sae, site, positive.of("fit").about(name)) for name in positive.concepts}
+    fresh = standardise(sae, select(sae, fit, kept, settings), fit, kept, settings)
+    concepts, held_out = eraser.concepts + fresh, positive.of("calibrate")
+    own = score_prompts(settings.score, sae, concepts, encode_prompts(pipe, sae, site, held_out))
+    negatives = score_prompts(settings.score, sae, concepts, kept.calibrate_codes).amax(1)
+    before = [torch.tensor(record["positives"]) for record in eraser.records]
+    chosen = calibrate(torch.cat([*before, own.amax(1)]), negatives, fpr=settings.fpr, recall=settings.recall)
+    parts = [describe_threshold(chosen.rule, chosen.threshold, scores, negatives) for scores in [*before, own.amax(1)]]
+    records = [record | {"calibration": asdict(part)} for record, part in zip(eraser.records, parts[:-1], strict=True)]
+    records.append(make_record(settings, fresh, held_out, own, parts[-1], target, kept))
+    return replace(
+        eraser, concepts=concepts, gate=replace(eraser.gate, thresholds=(chosen.threshold,) * len(concepts)),
+        records=tuple(records), often=eraser.often if eraser.often is not None else kept.stats(settings.k_sel).often(),
+    )  # fmt: skip
+
+
+def common_settings(eraser: Eraser) -> EraseConfig:
+    """Return the settings that all concepts of an eraser were selected and calibrated with.
+
+    Raises:
+        ValueError: there are none, or concepts cannot be added under them.
+    """
+    mend = "make it again with itd.erase, of all concepts"
+    if not all("positives" in record for record in eraser.records) or not eraser.records:
+        raise ValueError(f"the eraser does not say what its held-out prompts score, earlier versions did not keep it; {mend}")
+    found = [EraseConfig(**record["config"]) for record in eraser.records]
+    if any(settings != found[0] for settings in found) or len(set(eraser.gate.thresholds)) > 1:
+        raise ValueError(f"the eraser was joined from several with their own settings or thresholds; {mend}")
+    if found[0].selection == "difference" or found[0].score == "reconstruction":
+        raise ValueError(
+            f"concepts are added one by one with the selection 'evidence' and a score of the features only, not with "
+            f"{found[0].selection!r} and {found[0].score!r}; {mend}"
+        )
+    return found[0]
+
+
+def fitting(retained: Retained, pipe: Any, sae: SAE, site: HookPoint) -> Retained:
+    """Return what must stay, or raise ValueError unless this autoencoder encoded it at this place of this text encoder."""
+    if retained.sae is not sae and (sae.sha256 is None or retained.sae.sha256 != sae.sha256):
+        raise ValueError("what must stay was encoded by another autoencoder; make it again with Retained.make")
+    same_place = retained.hook_point.encoder == site.encoder and retained.hook_point.resolve(pipe) is site.resolve(pipe)
+    if not same_place:
+        raise ValueError(f"what must stay was encoded at {retained.hook_point}, not at {site}; make it again there")
+    if not same_encoder(retained.fingerprint, pipelines.fingerprint(pipe, site)):
+        raise ValueError(
+            "what must stay was encoded by another text encoder; make it again with Retained.make on this pipeline"
+        )
+    return retained
+
+
+def make_record(
+    settings: EraseConfig,
+    concepts: Sequence[ConceptFeatures],
+    held_out: PromptSet,
+    scores: Float[Tensor, "prompts concepts"],
+    calibration: Calibration,
+    target: PromptSet,
+    kept: Retained,
+) -> dict[str, Any]:
+    """Return what an eraser keeps of how concepts were added; concepts that the gate misses are warned of."""
+    weak = weak_concepts(concepts, held_out, scores, calibration.threshold)
+    for name, reason in weak.items():
+        logger.warning("%s: %s; its prompts may pass. Give it more prompts or a larger autoencoder", name, reason)
+    return {
+        "config": asdict(settings), "calibration": asdict(calibration), "weak": weak, "concepts": list(held_out.concepts),
+        "prompts_sha256": {"target": target.sha256, **kept.sha256}, "positives": scores.amax(1).tolist(),
+    }  # fmt: skip
 
 
 def find_preset(name: str) -> EraseConfig:
@@ -130,43 +220,53 @@ def split_sets(target: PromptSet, retain: PromptSet, neutral: PromptSet, seed: i
     Raises:
         ValueError: see `erase`.
     """
-    if len(target) == 0:
-        raise ValueError("the target set is empty: name at least one concept or give a file with prompts")
-    if len(retain) + len(neutral) == 0:
+    if len(target) and len(retain) + len(neutral) == 0:
         raise ValueError("the retain set is empty: give prompts of what must stay; the gate is calibrated on them")
-    named = PromptSet(tuple(p if p.concept else replace(p, concept="target") for p in target))
+    named = name_target(target)
     lowered = {concept.lower() for concept in named.concepts}
     inside = [c for c in (retain + neutral).concepts if c.lower() in lowered] or sorted(
         set(named.texts) & set((retain + neutral).texts)
     )
     if inside:
         raise ValueError(f"the target is inside the retain set: {inside[0]!r} is in both; remove it from one")
+    positive = split_target(target, seed)
+    fit, held_out = split_negative(retain, neutral, seed)
+    return positive, fit + held_out
+
+
+def name_target(target: PromptSet) -> PromptSet:
+    """Return the target with a name for prompts that have no concept."""
+    if len(target) == 0:
+        raise ValueError("the target set is empty: name at least one concept or give a file with prompts")
+    return PromptSet(tuple(p if p.concept else replace(p, concept="target") for p in target))
+
+
+def split_target(target: PromptSet, seed: int) -> PromptSet:
+    """Return the target with its splits, each concept in both that are needed.
+
+    Raises:
+        ValueError: see `erase`.
+    """
+    named = name_target(target)
     positive = named.split_by_template(seed)
-    negative = retain.split_by_concept_and_template(seed) + neutral.split_by_concept_and_template(seed + 7)
     for name in positive.concepts:
         for split in ("fit", "calibrate"):
             if not len(positive.about(name).of(split)):
                 raise ValueError(f"the concept {name!r} has no prompts to {split}: give at least 3 prompts per concept")
-    for split in ("fit", "calibrate"):
-        if not len(negative.of(split)):
-            raise ValueError(f"no retain prompts to {split}: give at least 3 concepts in 3 templates, or more texts")
+    check_given_splits(named)
     check_leaks(positive.of("fit"), positive.of("calibrate"), concepts=False)
-    return positive, negative
+    return positive
 
 
-def gather_stats(pipe: Any, sae: SAE, site: HookPoint, prompts: PromptSet, config: EraseConfig) -> FeatureStats:
-    """Return the statistics of the prompts' content tokens."""
-    stats = FeatureStats(sae, config.k_sel)
-    for batch in stream(pipe, site, prompts, desc="feature statistics"):
-        stats.update(batch.x, batch.content)
-    return stats
-
-
-def select(stats: dict[str, FeatureStats], kept: FeatureStats, config: EraseConfig) -> tuple[ConceptFeatures, ...]:
+def select(sae: SAE, fit: dict[str, PromptCodes], kept: Retained, config: EraseConfig) -> tuple[ConceptFeatures, ...]:
     """Return one set of features per concept, or with `difference` one for all of them, as in the paper."""
+    stats, others = (
+        {name: FeatureStats(sae, config.k_sel).update_codes(codes) for name, codes in fit.items()},
+        kept.stats(config.k_sel),
+    )
     if config.selection == "evidence":
-        return tuple(matched_filter(s, kept, name, config.n_features, config.eps) for name, s in stats.items())
-    chosen = [set_difference(s, kept, name) for name, s in stats.items()]
+        return tuple(matched_filter(s, others, name, config.n_features, config.eps) for name, s in stats.items())
+    chosen = [set_difference(s, others, name) for name, s in stats.items()]
     union = chosen[0]
     for more in chosen[1:]:
         union = union | more
@@ -174,9 +274,18 @@ def select(stats: dict[str, FeatureStats], kept: FeatureStats, config: EraseConf
 
 
 def concept_scores(
-    pipe: Any, sae: SAE, site: HookPoint, concepts: Sequence[ConceptFeatures], prompts: PromptSet, config: EraseConfig
+    pipe: Any,
+    sae: SAE,
+    site: HookPoint,
+    concepts: Sequence[ConceptFeatures],
+    prompts: PromptSet,
+    config: EraseConfig,
+    codes: PromptCodes | None = None,
 ) -> Float[Tensor, "prompts concepts"]:
-    """Score prompts against every concept, with the function that the gate uses."""
+    """Score prompts against every concept, with the function that the gate uses. `codes`: of the prompts, if they are known."""
+    if config.score != "reconstruction":
+        known = encode_prompts(pipe, sae, site, prompts) if codes is None else codes
+        return score_prompts(config.score, sae, concepts, known)
     rows = []
     for batch in stream(pipe, site, prompts, desc="score prompts"):
         for x, mask in zip(batch.x, batch.content, strict=True):
@@ -185,25 +294,24 @@ def concept_scores(
 
 
 def standardise(
-    pipe: Any,
     sae: SAE,
-    site: HookPoint,
     concepts: tuple[ConceptFeatures, ...],
-    positive: PromptSet,
-    negative: PromptSet,
+    fit: dict[str, PromptCodes],
+    kept: Retained,
     config: EraseConfig,
 ) -> tuple[ConceptFeatures, ...]:
     """Give every concept its own unit: 0 is the 99 % quantile of the retained prompts, 1 the median of its own.
 
-    One threshold then serves all concepts, whatever the size of their acts. Measured on the `fit` split.
+    One threshold then serves all concepts, whatever the size of their acts. Measured on the `fit` split; for `evidence` only.
     """
-    own = concept_scores(pipe, sae, site, concepts, positive, config)
-    others = concept_scores(pipe, sae, site, concepts, negative, config)
-    names = [prompt.concept for prompt in positive]
+    if config.score != "evidence":
+        return concepts
+    others = score_prompts("evidence", sae, concepts, kept.fit_codes)
     units = []
     for column, concept in enumerate(concepts):
-        mine = torch.tensor([name == concept.name for name in names])
-        low, high = others[:, column].quantile(0.99), own[mine, column].median()
+        mine = [codes for name, codes in fit.items() if name == concept.name or config.selection == "difference"]
+        own = torch.cat([score_prompts("evidence", sae, [concept], codes)[:, 0] for codes in mine])
+        low, high = others[:, column].quantile(0.99), own.median()
         gap = float((high - low).clamp_min(1e-6 + 0.05 * float(high.abs())))
         units.append(replace(concept, scale=1 / gap, offset=-float(low) / gap))
     return tuple(units)

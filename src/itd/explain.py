@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from itd import pipelines
-from itd.activations import stream
-from itd.features import all_indices
+from itd.activations import Contents, stream, stream_contents
+from itd.cache import ByteCache
+from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, dense_acts
 from itd.hooks import HookPoint
+from itd.kernels import SparseCodes
 from itd.prompts import PromptSet
 from itd.sae import SAE
 
 if TYPE_CHECKING:
     from itd.eraser import Eraser
+
+MEMORY_BYTES = 64 * 2**20
+"""Upper bound of what `check` remembers of an eraser's prompts."""
+DECISION_BYTES = 8
+"""Per token and dimension: an activation, and the scores and codes that may be made from it."""
+PREFIX_BYTES = 200
 
 
 class FeatureHit(NamedTuple):
@@ -32,20 +41,45 @@ class FeatureHit(NamedTuple):
     act: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Check:
-    """What the gate says of one prompt, and why."""
+    """What the gate says of one prompt, and why. Scores, tokens and features are computed when they are asked for."""
 
     prompt: str
-    fired: bool
-    score: float
-    threshold: float
-    concepts: tuple[str, ...]
-    """Concepts that reached their threshold."""
-    tokens: tuple[tuple[str, float], ...]
-    """Every content token with its score for the deciding concept."""
-    features: tuple[FeatureHit, ...]
-    """Active target features, strongest first, at most eight."""
+    decision: Decision
+    eraser: Eraser = field(repr=False)
+    read_tokens: Callable[[], list[str]] = field(repr=False)
+
+    @property
+    def fired(self) -> bool:
+        return self.decision.fired
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Concepts that reached their threshold."""
+        return tuple(self.eraser.names[c] for c in self.decision.concepts)
+
+    @property
+    def score(self) -> float:
+        """Of the concept that comes closest to its threshold, or furthest over it."""
+        return self.decision.score
+
+    @property
+    def threshold(self) -> float:
+        return self.decision.threshold
+
+    @cached_property
+    def tokens(self) -> tuple[tuple[str, float], ...]:
+        """Every content token with its score for the deciding concept."""
+        scores = self.decision.token_scores
+        if len(scores) == 0:
+            return ()
+        return tuple(zip(self.read_tokens(), scores[:, self.decision.strongest].tolist(), strict=True))
+
+    @cached_property
+    def features(self) -> tuple[FeatureHit, ...]:
+        """Active target features, strongest first, at most eight."""
+        return tuple(feature_hits(self.eraser.concepts, self.read_tokens(), self.decision.scores.codes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; the score of a prompt without content tokens is null."""
@@ -58,17 +92,77 @@ class Check:
         }  # fmt: skip
 
 
-def check(eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[Check]:
+class PromptMemory:
+    """What a text encoder's prompts were decided to be, so that a prompt that comes again is not encoded again.
+
+    Also which beginnings of prompts have a last token that is certainly below all thresholds: in a causal encoder its
+    activation depends on nothing behind it. Forgotten as soon as the encoder's probe activation changes by a bit.
+    """
+
+    def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
+        self.decisions: ByteCache[Decision] = ByteCache(max_bytes)
+        self.prefixes: ByteCache[bool] = ByteCache(max_bytes // 4)
+        self.probe: Tensor | None = None
+
+    def require(self, probe: Float[Tensor, " d_model"]) -> None:
+        """Forget everything if it is of another encoder."""
+        if self.probe is None or not torch.equal(self.probe, probe):
+            self.decisions.clear()
+            self.prefixes.clear()
+        self.probe = probe
+
+
+def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int = 1024) -> list[Check]:
     """Gate prompts without generating; see `Eraser.check`."""
-    eraser.require_encoder(pipelines.fingerprint(pipe, eraser.hook_point))
-    tokenizer = pipelines.tokenizer_of(pipe, eraser.hook_point.encoder)
-    results = []
-    for batch in stream(pipe, eraser.hook_point, PromptSet.from_texts(prompts), desc="check prompts"):
-        for row, prompt in enumerate(batch.prompts):
-            mask = batch.content[row]
-            tokens = tokenizer.convert_ids_to_tokens(batch.input_ids[row][mask].tolist())
-            results.append(explain(eraser, prompt.text, [clean(token) for token in tokens], batch.x[row][mask]))
-    return results
+    site, memory = eraser.hook_point, eraser.memory
+    probe = pipelines.fingerprint(pipe, site)
+    eraser.require_encoder(probe)
+    memory.require(probe)
+    tokenizer = pipelines.tokenizer_of(pipe, site.encoder)
+    rows = [tuple(row) for row in pipelines.token_rows(pipe, site.encoder, prompts)]
+    decided = {row: memory.decisions.get(row) for row in rows}
+    texts = dict(zip(rows, prompts, strict=True))
+    missing = [row for row, decision in decided.items() if decision is None]
+    for contents in stream_contents(pipe, site, missing, [texts[row] for row in missing], batch_tokens, "check prompts"):
+        for i, decision in zip(contents.prompts, decide_contents(eraser, contents), strict=True):
+            decided[missing[i]] = decision
+
+    def read(row: tuple[int, ...]) -> list[str]:
+        kept = pipelines.content_mask(torch.tensor([row]), tokenizer)[0]
+        return [clean(token) for token in tokenizer.convert_ids_to_tokens(torch.tensor(row)[kept].tolist())]
+
+    checks: list[Check] = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        decision = decided[row]
+        assert decision is not None
+        memory.decisions.put(row, decision, DECISION_BYTES * len(row) * eraser.sae.config.d_model)
+        checks.append(Check(prompt, decision, eraser, partial(read, row)))
+    return checks
+
+
+def decide_contents(eraser: Eraser, contents: Contents) -> list[Decision]:
+    """Decide on prompts; tokens that are known to be below all thresholds, or not to be, are not looked at again."""
+    prompts = [x.clone() for x in contents.split()]
+    if eraser.early_exit is None:
+        decisions = eraser.decide_all(prompts)
+    else:
+        below = below_by_prefix(eraser, contents.keys, contents.x).split(contents.n_tokens)
+        decisions = list(map(eraser.decide_marked, prompts, below))
+    if not all(decision.early for decision in decisions):
+        eraser.sae.release()
+    return decisions
+
+
+def below_by_prefix(eraser: Eraser, keys: Sequence[bytes], x: Float[Tensor, "tokens d_model"]) -> Bool[Tensor, " tokens"]:
+    """Mark the tokens that are certainly below all thresholds; each distinct beginning of a prompt is looked at once."""
+    known = eraser.memory.prefixes
+    first = {key: i for i, key in reversed(list(enumerate(keys))) if known.get(key) is None}
+    assert eraser.early_exit is not None
+    fresh = eraser.early_exit.below(x[list(first.values())], eraser.gate.thresholds).tolist()
+    marks = dict(zip(first, fresh, strict=True))
+    for key, mark in marks.items():
+        known.put(key, mark, PREFIX_BYTES)
+    return torch.tensor([marks[key] if key in marks else bool(known.get(key)) for key in keys], dtype=torch.bool)
 
 
 def clean(token: str) -> str:
@@ -76,35 +170,14 @@ def clean(token: str) -> str:
     return token.replace("</w>", "").replace("▁", "").replace("Ġ", "")
 
 
-def explain(eraser: Eraser, prompt: str, tokens: list[str], x: Float[Tensor, "tokens d_model"]) -> Check:
-    """Decide on one prompt and collect what decided."""
-    decision = eraser.decide(x)
-    concept = strongest_concept(decision, eraser.gate.thresholds)
-    scores = decision.token_scores[:, concept].tolist() if len(tokens) else []
-    return Check(
-        prompt, decision.fired, decision.score, decision.threshold,
-        tuple(eraser.names[c] for c in decision.concepts), tuple(zip(tokens, scores, strict=True)),
-        tuple(feature_hits(eraser, tokens, x)),
-    )  # fmt: skip
-
-
-def strongest_concept(decision: Decision, thresholds: tuple[float, ...]) -> int:
-    """Return the concept whose best token comes closest to, or furthest over, its threshold."""
-    if len(decision.token_scores) == 0:
-        return 0
-    return int((decision.token_scores.amax(0).cpu() - torch.tensor(thresholds)).argmax())
-
-
-def feature_hits(eraser: Eraser, tokens: list[str], x: Float[Tensor, "tokens d_model"], n: int = 8) -> list[FeatureHit]:
+def feature_hits(concepts: Sequence[ConceptFeatures], tokens: list[str], codes: SparseCodes, n: int = 8) -> list[FeatureHit]:
     """Return the n most active target features of a prompt, each at its strongest token."""
-    if len(tokens) == 0:
+    features = all_indices(concepts)
+    if len(tokens) == 0 or len(features) == 0:
         return []
-    features = all_indices(eraser.concepts)
-    if len(features) == 0:
-        return []
-    best, where = dense_acts(eraser.sae.encode(x), features).max(0)
+    best, where = dense_acts(codes, features.to(codes.indices.device)).max(0)
     top = best.topk(min(n, len(best)))
-    owner = {int(f): concept.name for concept in reversed(eraser.concepts) for f in concept.indices.tolist()}
+    owner = {int(f): concept.name for concept in reversed(concepts) for f in concept.indices.tolist()}
     hits = zip(top.values.tolist(), top.indices.tolist(), strict=True)
     return [FeatureHit(int(features[j]), owner[int(features[j])], tokens[int(where[j])], act) for act, j in hits if act > 0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +55,40 @@ class ConceptFeatures:
         return torch.where(self.indices[position] == indices, self.weights[position], weights)
 
 
+@dataclass(frozen=True, eq=False)
+class PromptCodes:
+    """Codes of the content tokens of prompts, one prompt after the other.
+
+    codes: (tokens, k); n_tokens: (prompts,) content tokens of each.
+    """
+
+    codes: SparseCodes
+    n_tokens: Int[Tensor, " prompts"]
+
+    def __len__(self) -> int:
+        return len(self.n_tokens)
+
+    def __iter__(self) -> Iterator[SparseCodes]:
+        sizes = self.n_tokens.tolist()
+        return map(SparseCodes, self.codes.acts.split(sizes), self.codes.indices.split(sizes))
+
+    def keep(self, prompts: Bool[Tensor, " prompts"]) -> PromptCodes:
+        """Return the codes of the marked prompts only."""
+        tokens = prompts.repeat_interleave(self.n_tokens)
+        return PromptCodes(SparseCodes(self.codes.acts[tokens], self.codes.indices[tokens]), self.n_tokens[prompts])
+
+    def largest(self, values: Float[Tensor, "tokens n"]) -> Float[Tensor, "prompts n"]:
+        """Return the maximum over each prompt's tokens; minus infinity for a prompt without any."""
+        owner = torch.arange(len(self)).repeat_interleave(self.n_tokens)
+        start = torch.full((len(self), values.shape[1]), -torch.inf, dtype=values.dtype)
+        return start.scatter_reduce_(0, owner[:, None].expand_as(values), values, "amax")
+
+
 class FeatureStats:
     """Streaming statistics of per-prompt maxima `z_j = max over content tokens of acts_j`. Mergeable.
 
     mean, variance: (n_latents,) over prompts; `union(k_sel)`: latents among the k_sel largest of any prompt.
+    n_active: (n_latents,) prompts in which a latent is active.
     """
 
     def __init__(self, sae: SAE, k_sel: int = 128) -> None:
@@ -71,20 +101,23 @@ class FeatureStats:
         self.squares = torch.zeros(n, dtype=torch.float64)
         self.largest = torch.zeros(n)
         self.selected = torch.zeros(n, dtype=torch.bool)
+        self.n_active = torch.zeros(n, dtype=torch.int64)
 
     def update(self, x: Float[Tensor, "batch tokens d_model"], mask: Bool[Tensor, "batch tokens"]) -> FeatureStats:
         """Add prompts; `mask` marks the tokens that count."""
-        codes, start = self.sae.encode(x[mask]), 0
-        for n_tokens in mask.sum(1).tolist():
-            rows = slice(start, start + n_tokens)
-            self.add(prompt_maxima(SparseCodes(codes.acts[rows], codes.indices[rows])))
-            start += n_tokens
+        return self.update_codes(PromptCodes(self.sae.encode(x[mask]), mask.sum(1)))
+
+    def update_codes(self, prompts: PromptCodes) -> FeatureStats:
+        """Add prompts that are encoded."""
+        for codes in prompts:
+            self.add(prompt_maxima(codes))
         return self
 
     def add(self, maxima: SparseCodes) -> None:
         """Add one prompt by its maxima: distinct indices (n,) and acts (n,)."""
         indices, acts = maxima.indices, maxima.acts.double()
         self.n_prompts += 1
+        self.n_active[indices] += 1
         self.total[indices] += acts
         self.squares[indices] += acts.square()
         self.largest[indices] = torch.maximum(self.largest[indices], maxima.acts)
@@ -99,6 +132,7 @@ class FeatureStats:
         merged.n_prompts = self.n_prompts + other.n_prompts
         merged.total, merged.squares = self.total + other.total, self.squares + other.squares
         merged.largest, merged.selected = torch.maximum(self.largest, other.largest), self.selected | other.selected
+        merged.n_active = self.n_active + other.n_active
         return merged
 
     @property
@@ -109,6 +143,12 @@ class FeatureStats:
     def variance(self) -> Float[Tensor, " n_latents"]:
         mean = self.total / max(1, self.n_prompts)
         return (self.squares / max(1, self.n_prompts) - mean.square()).clamp_min(0).float()
+
+    def often(self, share: float = 1 / 16, most: int = 2**15) -> Int[Tensor, " n"]:
+        """Return the latents that are active in most prompts: `share` of all and at least 4 k, at most `most`; sorted."""
+        config = self.sae.config
+        size = min(max(round(share * config.n_latents), 4 * config.k), most, int((self.n_active > 0).sum()))
+        return self.n_active.topk(size).indices.sort().values
 
     def union(self, name: str = "") -> ConceptFeatures:
         """Return the union over prompts of their k_sel largest latents, weighted by their mean. Source: ItD, section 4.2."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itd.features import ConceptFeatures, all_indices
+from itd.early_exit import EarlyExit
+from itd.features import ConceptFeatures, PromptCodes, all_indices
 from itd.kernels import SparseCodes
 from itd.sae import SAE
 
@@ -21,10 +22,11 @@ SCORES: tuple[ScoreName, ...] = ("evidence", "contribution", "reconstruction")
 
 
 class Scores(NamedTuple):
-    """Scores of one prompt: per content token and concept, and per concept."""
+    """Scores of one prompt, per content token and concept, and per concept; and the codes that they were made from."""
 
     tokens: Float[Tensor, "tokens concepts"]
     concepts: Float[Tensor, " concepts"]
+    codes: SparseCodes
 
 
 class FilterBank(NamedTuple):
@@ -34,6 +36,10 @@ class FilterBank(NamedTuple):
     weights: Float[Tensor, "n concepts"]
     scale: Float[Tensor, " concepts"]
     offset: Float[Tensor, " concepts"]
+
+
+DENSE_BYTES = 64 * 2**20
+"""Upper bound of the acts that are held densely while many prompts are scored."""
 
 
 @lru_cache(maxsize=16)
@@ -104,18 +110,62 @@ def score(
     Raises:
         ValueError: an unknown score, NaN activations, or a score that is NaN, which no threshold could stop.
     """
-    if name not in SCORES:
-        raise ValueError(f"score must be one of {SCORES}, got {name!r}")
+    require_score(name)
     if len(x) == 0:
-        return Scores(torch.zeros(0, len(concepts)), torch.full((len(concepts),), -math.inf))
-    codes = sae.encode(x)
+        return score_codes(name, sae, concepts, no_codes(sae, x.device), x, strength)
+    return score_codes(name, sae, concepts, sae.encode(x), x, strength)
+
+
+def score_codes(
+    name: ScoreName,
+    sae: SAE,
+    concepts: Sequence[ConceptFeatures],
+    codes: SparseCodes,
+    x: Float[Tensor, "tokens d_model"] | None = None,
+    strength: float = -8.0,
+) -> Scores:
+    """Score the content tokens of one prompt from their codes; `reconstruction` also needs the activations.
+
+    Raises:
+        ValueError: see `score`; or `reconstruction` without activations.
+    """
+    require_score(name)
+    if len(codes.acts) == 0:
+        return Scores(torch.zeros(0, len(concepts)), torch.full((len(concepts),), -math.inf), codes)
     if name == "reconstruction":
+        if x is None:
+            raise ValueError("the score 'reconstruction' needs the activations, not only their codes")
         tokens = reconstruction(sae, concepts, codes, x.to(sae.b_dec.dtype), strength)
     else:
         tokens = (evidence if name == "evidence" else contribution)(sae, concepts, codes)
     if tokens.isnan().any():
         raise ValueError("the score is NaN: the autoencoder's or the features' weights are damaged; load or make them again")
-    return Scores(tokens, tokens.mean(0) if name == "reconstruction" else tokens.amax(0))
+    return Scores(tokens, tokens.mean(0) if name == "reconstruction" else tokens.amax(0), codes)
+
+
+def score_prompts(
+    name: ScoreName, sae: SAE, concepts: Sequence[ConceptFeatures], prompts: PromptCodes
+) -> Float[Tensor, "prompts concepts"]:
+    """Score many prompts from their codes: for each what `score_codes` gives for its tokens.
+
+    Raises:
+        ValueError: see `score`; `reconstruction` needs activations.
+    """
+    size = max(1, DENSE_BYTES // (4 * max(1, len(all_indices(concepts)))))
+    parts = zip(prompts.codes.acts.split(size), prompts.codes.indices.split(size), strict=True)
+    tokens = [score_codes(name, sae, concepts, SparseCodes(*part)).tokens for part in parts]
+    return prompts.largest(torch.cat(tokens) if tokens else torch.zeros(0, len(concepts)))
+
+
+def require_score(name: str) -> None:
+    if name not in SCORES:
+        raise ValueError(f"score must be one of {SCORES}, got {name!r}")
+
+
+def no_codes(sae: SAE, device: torch.device) -> SparseCodes:
+    """Return the codes of no tokens."""
+    k = sae.config.k
+    return SparseCodes(torch.zeros(0, k, device=device), torch.zeros(0, k, dtype=torch.int64, device=device))
 
 
 # Calibration
@@ -196,6 +246,13 @@ def calibrate(
         rule, threshold = f"recall={recall}", threshold_for_recall(positives, recall)
     else:
         rule, threshold = "0.99*min", 0.99 * float(positives.min())
+    return describe_threshold(rule, threshold, positives, negatives)
+
+
+def describe_threshold(
+    rule: str, threshold: float, positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]
+) -> Calibration:
+    """Return what a threshold does on held-out scores."""
 
     def rates(at: float) -> tuple[float, float]:
         return float((positives >= at).double().mean()), float((negatives >= at).double().mean())
@@ -206,15 +263,50 @@ def calibrate(
     return Calibration(rule, threshold, *rates(threshold), auroc(positives, negatives), len(positives), len(negatives), curve)
 
 
-class Decision(NamedTuple):
-    """What the gate says of one prompt. `score` and `threshold` are those of the concept with the largest margin."""
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What the gate says of one prompt. `score` and `threshold` are those of the concept with the largest margin.
+
+    A prompt that is certainly below every threshold is decided before its scores are known. They are computed when they are
+    asked for, and are the same as if they had been computed first.
+    """
 
     fired: bool
-    score: float
-    threshold: float
     concepts: tuple[int, ...]
     """Indices of the concepts that reached their threshold."""
-    token_scores: Float[Tensor, "tokens concepts"]
+    thresholds: tuple[float, ...]
+    """Of all concepts."""
+    compute: Callable[[], Scores] = field(repr=False)
+    early: bool = False
+    """Decided without the full computation."""
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Scores of all concepts at every content token, and the codes of these tokens."""
+        return self.compute()
+
+    @cached_property
+    def strongest(self) -> int:
+        """Index of the concept with the largest margin."""
+        return int(margins(self.scores, self.thresholds).argmax())
+
+    @property
+    def score(self) -> float:
+        return float(self.scores.concepts[self.strongest])
+
+    @property
+    def threshold(self) -> float:
+        return self.thresholds[self.strongest]
+
+    @property
+    def token_scores(self) -> Float[Tensor, "tokens concepts"]:
+        return self.scores.tokens
+
+
+def margins(scores: Scores, thresholds: Sequence[float]) -> Float[Tensor, " concepts"]:
+    """Return how far each concept's score is above its threshold."""
+    found = scores.concepts
+    return found - torch.tensor(thresholds, dtype=found.dtype, device=found.device)
 
 
 @dataclass(frozen=True)
@@ -232,14 +324,39 @@ class Gate:
         if any(math.isnan(threshold) for threshold in self.thresholds):
             raise ValueError(f"thresholds must be numbers, got {self.thresholds}: nothing would ever fire")
 
-    def decide(self, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"]) -> Decision:
-        """Decide on the content tokens of one prompt. Batch neighbours and padding have no part in it."""
+    def decide(
+        self,
+        sae: SAE,
+        concepts: Sequence[ConceptFeatures],
+        x: Float[Tensor, "tokens d_model"],
+        early_exit: EarlyExit | None = None,
+    ) -> Decision:
+        """Decide on the content tokens of one prompt. Batch neighbours and padding have no part in it.
+
+        With an `early_exit`, the full computation is left out where the result is certain without it.
+        """
+        certain = early_exit is not None and len(x) > 0 and bool(early_exit.below(x, self.thresholds).all())
+        return self.passed(sae, concepts, x) if certain else self.decide_in_full(sae, concepts, x)
+
+    def decide_in_full(self, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"]) -> Decision:
+        """Decide by the scores."""
         scores = score(self.score, sae, concepts, x, self.strength)
-        thresholds = torch.tensor(self.thresholds, dtype=scores.concepts.dtype, device=scores.concepts.device)
-        margins = scores.concepts - thresholds
-        fired = tuple((margins >= 0).nonzero().flatten().tolist())
-        strongest = int(margins.argmax())
-        return Decision(bool(fired), float(scores.concepts[strongest]), self.thresholds[strongest], fired, scores.tokens)
+        fired = tuple((margins(scores, self.thresholds) >= 0).nonzero().flatten().tolist())
+        return Decision(bool(fired), fired, self.thresholds, lambda: scores)
+
+    def passed(self, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"]) -> Decision:
+        """Return the decision on a prompt whose scores are certainly below all thresholds."""
+        return Decision(False, (), self.thresholds, lambda: score(self.score, sae, concepts, x, self.strength), True)
+
+    def early_exit(self, sae: SAE, concepts: Sequence[ConceptFeatures], often: Int[Tensor, " m"] | None) -> EarlyExit | None:
+        """Return what decides most prompts early; `often`: latents that are active in most prompts.
+
+        The paper's score contains the autoencoder's error and always needs the full computation: None.
+        """
+        if self.score == "reconstruction":
+            return None
+        some = torch.zeros(0, dtype=torch.int64) if often is None else often
+        return EarlyExit.make(sae, concepts, some, matched=self.score == "evidence")
 
     def __or__(self, other: Gate) -> Gate:
         """Join the gates of two erasers."""

@@ -8,35 +8,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from itd import emoji
+from itd.artifacts import CONFIG
 from itd.eraser import Eraser
+from itd.erasing import split_sets
 from itd.hooks import WRAPPER, HookPoint
 from itd.prompts import Prompt, PromptSet
+from itd.retained import Retained
 from itd.sae import SAE
 from itd.templates import concept_prompts
 
 PROMPT_FILES = (".csv", ".jsonl", ".parquet", ".txt")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 # Models
 
 
-def load_pipeline(model: str | None) -> Any:
+def load_pipeline(model: str | None, device: str = "auto", dtype: str = "auto") -> Any:
     """Load a diffusers pipeline from a folder or by its id on the Hugging Face hub; without either, the embedded world's.
+
+    `auto`: on a CUDA device in float16 where there is one, on the CPU in float32 elsewhere.
 
     Raises:
         FileNotFoundError: there is no such folder, and it is no id.
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or there is no such device or precision.
     """
+    place = find_device(device)
+    precision = find_dtype(dtype, place)
     is_folder = model is not None and Path(model).is_dir()
     if model is not None and not is_folder and not HUB_ID.fullmatch(model):
         raise FileNotFoundError(f"no folder at --model {model}; an id on the hub is written OWNER/NAME")
     quiet_libraries()
     if model is None:
-        return emoji.load_pipeline()
+        return emoji.load_pipeline().to(place, precision)
     from diffusers import DiffusionPipeline
 
     try:
@@ -44,7 +53,33 @@ def load_pipeline(model: str | None) -> Any:
     except OSError as error:
         raise ValueError(f"no diffusers pipeline at --model {model}: {str(error).strip().splitlines()[0]}") from error
     pipe.set_progress_bar_config(leave=False)
-    return pipe
+    return pipe.to(place, precision)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is CUDA where there is one.
+
+    Raises:
+        ValueError: the machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name} is not available here ({reason}); try cpu, or auto") from error
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the precision of that name; `auto` is float16 on CUDA, float32 elsewhere."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def quiet_libraries() -> None:
@@ -106,6 +141,39 @@ def load_erasers(folders: Sequence[Path], sae: Path | None = None) -> Eraser:
     return joined
 
 
+def is_there(retained: Path | None) -> bool:
+    """Tell whether a folder of what must stay was named and made."""
+    return retained is not None and (retained / CONFIG).is_file()
+
+
+def find_retained(folder: Path | None, pipe: Any, sae: SAE, site: HookPoint, sets: ConceptSets, seed: int) -> Retained | None:
+    """Return what must stay, encoded: read from its folder, or made from the sets and kept there; None without a folder.
+
+    Raises:
+        ValueError: the folder is of another autoencoder, or the target is among what must stay.
+    """
+    if folder is None:
+        return None
+    if is_there(folder):
+        return Retained.load(folder, sae)
+    split_sets(*sets, seed)
+    kept = Retained.make(pipe, sae, site, sets.retain, sets.neutral, seed)
+    kept.save(folder)
+    return kept
+
+
+def eraser_to_extend(folder: Path, retained: Path | None, sae: Path | None = None) -> tuple[Eraser, Retained]:
+    """Load an eraser that concepts are to be added to, and what must stay.
+
+    Raises:
+        ValueError: what must stay is not named, or was encoded by another autoencoder.
+    """
+    if retained is None:
+        raise ValueError("--retained is required with --add-to: the folder that an earlier `itd erase --retained` made")
+    eraser = load_erasers([folder], sae)
+    return eraser, Retained.load(retained, eraser.sae)
+
+
 def list_hook_points(pipe: Any) -> list[HookPoint]:
     """Return the layers of the pipeline's text encoders, in the spelling that every release resolves."""
     points = []
@@ -158,14 +226,25 @@ def recording_prompts(model: str | None, files: Sequence[str], names: Sequence[s
     return world_prompts()
 
 
-def concept_sets(model: str | None, target: Sequence[str], retain: Sequence[str], neutral: Sequence[str]) -> ConceptSets:
+def target_set(model: str | None, target: Sequence[str]) -> PromptSet:
+    """Return the prompts of what is to go, from names and files."""
+    if not target:
+        raise ValueError("--target is required: the name of a concept, or a file of prompts")
+    return target_prompts(target) if model is not None else world_sets(target).target
+
+
+def concept_sets(
+    model: str | None, target: Sequence[str], retain: Sequence[str], neutral: Sequence[str], retained: bool = False
+) -> ConceptSets:
     """Return the prompt sets of an eraser from names and files; what the embedded world knows need not be given.
+
+    `retained`: what must stay is encoded already, only the target is asked for.
 
     Raises:
         ValueError: no target; no retain set for a model other than the embedded world.
     """
-    if not target:
-        raise ValueError("--target is required: the name of a concept, or a file of prompts")
+    if not target or retained:
+        return ConceptSets(target_set(model, target), PromptSet(), PromptSet())
     if model is not None:
         if not retain:
             raise ValueError(
@@ -213,7 +292,10 @@ def target_prompts(values: Iterable[str]) -> PromptSet:
 
 
 def kept_prompts(values: Iterable[str], avoid: Iterable[str] = ()) -> PromptSet:
-    """Return prompts to keep, in templates that mention nothing of `avoid`. Of three names two are fitted on and one is calibrated on; files are split later."""
+    """Return prompts to keep, in templates that mention nothing of `avoid`.
+
+    Of three names two are fitted on and one is calibrated on; files are split later.
+    """
     prompts: list[Prompt] = []
     n_names, avoided = 0, list(avoid)
     for value in dict.fromkeys(values):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -153,15 +154,9 @@ class SAE:
 
     def to(self, device: str | torch.device) -> SAE:
         """Return a copy on another device."""
-        tensors = {name: value.to(device) for name, value in self._tensors().items()}
-        return SAE(
-            self.config,
-            **tensors,
-            hook_point=self.hook_point,
-            source=self.source,
-            sha256=self.sha256,
-            metrics=self.metrics,
-        )
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self._tensors().items()}
+        stays = moved["W_enc"] is self.W_enc
+        return replace(self, **moved, mapped=self.mapped if stays else None)
 
     def release(self) -> None:
         """Give back the memory of weights that were read from a mapped file; they are read again when needed."""
