@@ -27,6 +27,7 @@ emoji-world: $(STAMP)
 
 # Measures training steps of ours, of a naive twin and of other libraries, which get environments of their own: hours.
 bench-training: $(STAMP)
+	$(PIP) install --progress-bar off -c $(VENV)/constraints.txt -e '.[benchmarks]'
 	$(BIN)/python -m benchmarks.training --out runs/bench/training
 
 # Checks captions at the paper's size and in the embedded world; makes a 3 GB autoencoder first.

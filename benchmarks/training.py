@@ -10,6 +10,7 @@ in each group.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -312,10 +313,8 @@ def comparison(results: Sequence[Result]) -> str:
 
 def draw_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draw tokens a second and peak memory against n_latents, one picture for each and for each batch."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    from matplotlib.figure import Figure
+
     paths = []
     for tokens in sorted({r.tokens for r in results}):
         for name, label in (("tokens_per_second", "tokens a second"), ("peak_rss_gb", "peak memory, GB")):
@@ -368,6 +367,8 @@ class TrainingBenchmark:
 def main() -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     arguments = tyro.cli(TrainingBenchmark, prog="python -m benchmarks.training")
+    if arguments.out is not None and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--out draws plots, which need matplotlib: pip install -e '.[benchmarks]'")
     results: list[Result] = []
     for n_latents in arguments.n_latents:
         for tokens in arguments.tokens:
