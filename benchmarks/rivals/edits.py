@@ -45,7 +45,12 @@ class GateAndEdit:
     def __call__(self, task: Task) -> Rival:
         edit = EDITS[self.edit]
         mode: EditMode = edit.mode
-        return Gated(self.name, task, self.gate(task), make_eraser(task).with_edit(mode, edit.strength))
+        return Gated(
+            self.name,
+            task,
+            task.once(repr(self.gate), lambda: self.gate(task)),
+            make_eraser(task).with_edit(mode, edit.strength),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -86,17 +85,13 @@ def run(
 
 def gate_cell(task: Task, maker: GateMaker, probes: Sequence[Case]) -> dict[str, Any]:
     """Fit a gate and return its decision on every probe."""
-    began = time.monotonic()
-    gate = maker(task)
-    seconds = time.monotonic() - began
+    gate, seconds = task.timed(lambda: task.once(repr(maker), lambda: maker(task)))
     return {"fired": gate.fired([probe.prompt for probe in probes]), "setup_seconds": seconds, "threshold": gate.threshold}
 
 
 def system_cell(task: Task, maker: Maker, cases: Sequence[Case], names: Names) -> dict[str, Any]:
     """Prepare a rival, draw every case and return what is seen, what the gate says, and what is unchanged."""
-    began = time.monotonic()
-    rival = maker(task)
-    seconds = time.monotonic() - began
+    rival, seconds = task.timed(lambda: maker(task))
     prompts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
     images = rival.draw(prompts, seeds)
     before = torch.stack(task.draw_bare(prompts, seeds))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from itd.hooks import HookPoint
 from itd.prompts import PromptSet
 from itd.sae import SAE
 
+T = TypeVar("T")
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
@@ -35,6 +37,10 @@ class Task:
 
     memory: dict[tuple[str, str, int], Tensor] = field(default_factory=dict[tuple[str, str, int], Tensor], repr=False)
     """Pictures that several rivals share, by how they are drawn, prompt and seed."""
+    made: dict[str, tuple[Any, float]] = field(default_factory=dict[str, tuple[Any, float]], repr=False)
+    """Gates and erasers that several rivals share, with the seconds that they took."""
+    saved: list[float] = field(default_factory=list[float], repr=False)
+    """Seconds that were not spent again because of `made`; they are charged to every rival."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,6 +54,22 @@ class Task:
     @property
     def others(self) -> PromptSet:
         return self.retain + self.neutral
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """Return what is made under a key, the first time by making it."""
+        if key in self.made:
+            value, seconds = self.made[key]
+            self.saved.append(seconds)
+            return value
+        value, seconds = self.timed(make)
+        self.made[key] = value, seconds
+        return value
+
+    def timed(self, make: Callable[[], T]) -> tuple[T, float]:
+        """Return what is made and the seconds it takes, those included that were saved on the way."""
+        began, n_saved = time.monotonic(), len(self.saved)
+        value = make()
+        return value, time.monotonic() - began + sum(self.saved[n_saved:])
 
     def remember(self, keys: Sequence[str], prompts: Sequence[str], seeds: Sequence[int], draw: Draw) -> list[Tensor]:
         """Return pictures, drawing only those that were not drawn under the same key, prompt and seed before."""

@@ -88,6 +88,23 @@ def test_pictures_are_drawn_once(task: Task) -> None:
     assert len(task.memory) == 3
 
 
+def test_what_rivals_share_is_made_once_and_charged_to_each(task: Task) -> None:
+    made: list[int] = []
+
+    def make() -> str:
+        made.append(1)
+        task.once("inner", lambda: sum(range(200_000)))
+        return "value"
+
+    _, first = task.timed(lambda: task.once("outer", make))
+    value, second = task.timed(lambda: task.once("outer", make))
+    assert (value, len(made)) == ("value", 1)
+    assert first > 0
+    assert second >= task.made["outer"][1] >= task.made["inner"][1] > 0
+    _, third = task.timed(lambda: task.once("another", lambda: task.once("inner", int)))
+    assert third >= task.made["inner"][1]
+
+
 # Gates
 
 
@@ -106,7 +123,7 @@ def test_a_gate_separates_what_it_was_fitted_on(maker: Any, task: Task) -> None:
 def test_gates_are_calibrated_to_the_same_rate_on_the_same_prompts(maker: Any, task: Task) -> None:
     gate, negatives = maker(task), task.others.of("calibrate").texts
     assert sum(gate.fired(negatives)) <= task.fpr * (len(negatives) + 1)
-    loose = maker(replace(task, fpr=0.6))
+    loose = maker(replace(task, fpr=0.6, made={}))
     assert loose.threshold < gate.threshold
 
 

@@ -44,6 +44,12 @@ class Canned:
 
 
 class FakeTask:
+    def once(self, key: str, make: Any) -> Any:
+        return make()
+
+    def timed(self, make: Any) -> tuple[Any, float]:
+        return make(), 0.5
+
     def draw_bare(self, prompts: Any, seeds: Any) -> list[torch.Tensor]:
         return list(Canned("none").draw(prompts, seeds))
 
