@@ -292,6 +292,16 @@ def test_the_command_attacks_a_model_and_goes_on(
     assert capsys.readouterr().out == first
 
 
+def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["attack", "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: itd attack" in out
+    for flag in ("--images", "--steps", "--quick", "--no-control", "--benign", "--n-concepts", "--seed"):
+        assert flag in out
+
+
 def test_the_command_names_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["attack", "mna", "--out", str(tmp_path / "out")]) == 2
     assert "got 'mna'" in capsys.readouterr().err

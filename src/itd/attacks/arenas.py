@@ -130,7 +130,8 @@ def model_arena(
         )
     from transformers import CLIPModel, CLIPProcessor
 
-    model, processor = (kind.from_pretrained(clip, local_files_only=True) for kind in (CLIPModel, CLIPProcessor))
+    model: Any = CLIPModel.from_pretrained(clip, local_files_only=True)
+    processor: Any = CLIPProcessor.from_pretrained(clip, local_files_only=True)
     chosen = list(names) or list(eraser.names)
     criteria: dict[str, Criterion] = {name: ClipNames(model.eval(), processor, name, list(others)) for name in chosen}
     prompts = PromptSet.from_file(benign).sample(config.stated.n_benign, config.seed).texts
