@@ -147,11 +147,8 @@ class FullScale:
             for name, (a, b) in pairs.items():
                 measures.add_all(name, ledger.cell(f"clean fid {name} {self.real}", lambda a=a, b=b: clean_fid(a, b)))
         measures.add_all("", promises(eraser))
-        record = facts | {"detector": None if detector is None else detector.describe(), "thresholds": self.thresholds}
-        record |= {
-            "prompts_sha256": {side: digest_of(path) for side, path in self.files.items() if path},
-            "n_pictures": len(rows),
-        }
+        found = None if detector is None else detector.describe()
+        record = facts | {"detector": found, "settings": asdict(self), "n_pictures": len(rows)}
         return Report(self.name, "Full scale", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
     def drawing(self) -> dict[str, Any]:

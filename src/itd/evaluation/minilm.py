@@ -32,6 +32,7 @@ from itd.metrics.intervals import Rate, clustered_rate, rate
 from itd.metrics.reconstruction import reconstruction_of
 from itd.plots import line_plot
 from itd.prompts import PromptSet, check_leaks
+from itd.retained import Retained
 from itd.sae import SAE, SAEConfig
 from itd.training import TrainConfig, train
 
@@ -198,6 +199,7 @@ class Bench:
     def __init__(self, out: Path, pipe: TextPipeline, ledger: Ledger, prompts: PromptSet, protocol: MiniLM) -> None:
         self.out, self.pipe, self.ledger, self.prompts, self.protocol = out, pipe, ledger, prompts, protocol
         self.loaded: dict[Candidate, SAE] = {}
+        self.encoded: dict[tuple[str, Candidate], Retained] = {}
 
     def store(self, site: HookPoint) -> ActivationStore:
         """Record the training prompts at a layer, or load what was recorded."""
@@ -266,8 +268,9 @@ class Bench:
         key = f"trial {material.task} {candidate} {settings_name(config)}"
 
         def measure() -> dict[str, Any]:
-            sets = self.sets(material)
-            made = Made(erase(self.pipe, self.sae(candidate), candidate.site, *sets, config), 0.0, 0)
+            retained = self.retained(material, candidate)
+            target = known(material.target)
+            made = Made(erase(self.pipe, self.sae(candidate), candidate.site, target, retained, config=config), 0.0, 0)
             found = self.measure(key, made, material, "choose")
             calibrate = self.margins(f"{key} calibrate", made.eraser, merged(material, "calibrate"))
             values = {name: value.value if isinstance(value, Rate) else value for name, value in found.rates.items()}
@@ -277,6 +280,15 @@ class Bench:
             }  # fmt: skip
 
         return self.ledger.cell(key, measure)
+
+    def retained(self, material: Material, candidate: Candidate) -> Retained:
+        """Encode what must pass once for all settings that are tried with an autoencoder; the last one is held."""
+        key = material.task, candidate
+        if key not in self.encoded:
+            _, kept, neutral = self.sets(material)
+            made = Retained.make(self.pipe, self.sae(candidate), candidate.site, kept, neutral, self.protocol.seed)
+            self.encoded = {key: made}
+        return self.encoded[key]
 
     def sets(self, material: Material) -> Sets:
         """Return what the erasers of a task are made from."""
