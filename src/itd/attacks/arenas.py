@@ -92,7 +92,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     criteria: dict[str, Criterion] = {name: Judged(world.judge, name) for name in chosen}
     return Arena(
         System(world.pipe, eraser, WORLD_OPTIONS), make_goals(chosen, stated.seed, synonyms), criteria,
-        benign_prompts(held_out, stated.n_benign, rng), world.record,
+        benign_prompts(held_out, stated.n_benign, rng), {key: value for key, value in world.record.items() if key != "seconds"},
     )  # fmt: skip
 
 
