@@ -106,7 +106,8 @@ def test_adding_a_concept_equals_erasing_both_at_once(pipe: Any, sae: SAE, site:
     assert added.names == both.names == ("house", "boat")
     assert added.gate.thresholds == pytest.approx(both.gate.thresholds, rel=1e-5)
     assert all(a.equals(b) for a, b in zip(added.concepts, both.concepts, strict=True))
-    assert first.gate.thresholds[0] != added.gate.thresholds[0], "control: one threshold is chosen anew for both"
+    alone = erase(pipe, sae, site, parts[1], kept, config=CONFIG)
+    assert alone.gate.thresholds[0] != added.gate.thresholds[0], "control: one threshold is chosen anew for both"
     checks = added.check(pipe, ["a small house on a table", "a small boat on a table", "a small cat on a table"])
     assert [check.concepts for check in checks] == [("house",), ("boat",), ()]
     calibrations = calibration_of(added)
