@@ -21,7 +21,7 @@ TILE_BYTES = 4 * 2**20
 """Upper bound of a tile's pre-activations, in bytes: a tile that stays in the cache is selected from almost for free."""
 RESCORE_BYTES = 4 * 2**20
 """Upper bound of the encoder rows that are gathered at a time to score candidates exactly, in bytes."""
-CHUNK_PAIRS = 1024
+CHUNK_PAIRS = 512
 """Pairs of latent and token whose gradients are computed at a time, so that all of it stays in the cache."""
 
 
@@ -52,9 +52,10 @@ class Pairs(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """Gradients of an autoencoder's parameters on some of the rows that were active."""
+    """Gradients of an autoencoder's parameters on some of the rows that were active, and the decoder's rows as they were."""
 
     rows: Int[Tensor, " rows"]
+    decoder: Float[Tensor, "rows d_model"]
     W_enc: Float[Tensor, "rows d_model"]
     b_enc: Float[Tensor, " rows"]
     W_dec: Float[Tensor, "rows d_model"]
@@ -151,7 +152,7 @@ def score_candidates(
     for tokens in torch.arange(len(centred), device=centred.device).split(n_tokens):
         width = int(widths[tokens].max())
         candidates, upper = pool.indices[tokens, :width], pool.upper[tokens, :width]
-        rows = W_enc[candidates.flatten()].view(len(tokens), width, -1)
+        rows = W_enc.index_select(0, candidates.flatten()).view(len(tokens), width, -1)
         exact = torch.bmm(rows, centred[tokens, :, None])[:, :, 0] + b_enc[candidates]
         exact = torch.where(upper.isfinite(), exact, -torch.inf)
         largest, order = exact.topk(pool.k, dim=1, sorted=False)
@@ -213,11 +214,13 @@ def gradient_chunks(
         low, high = int(offsets[0]), int(offsets[-1])
         tokens, acts = pairs.tokens[low:high], pairs.acts[low:high]
         local = torch.arange(len(rows), device=rows.device).repeat_interleave(offsets.diff())
-        acts_grad = (W_dec[rows[local]] * grad[tokens]).sum(1)
+        decoder = W_dec.index_select(0, rows)
+        acts_grad = torch.linalg.vecdot(decoder.index_select(0, local), grad.index_select(0, tokens))
 
         bags, each = offsets[:-1] - low, torch.arange(len(tokens), device=rows.device)
         yield RowGradients(
             rows,
+            decoder,
             F.embedding_bag(tokens, centred, bags, mode="sum", per_sample_weights=acts_grad),
             F.embedding_bag(each, acts_grad[:, None], bags, mode="sum")[:, 0],
             F.embedding_bag(tokens, grad, bags, mode="sum", per_sample_weights=acts),

@@ -56,9 +56,9 @@ class Screen:
         rounded, high = W_enc.bfloat16(), b_enc.bfloat16()
         low = (b_enc - high.float()).bfloat16()
         norm = W_enc.norm(dim=1)
-        self.W[rows] = torch.cat([rounded, high[:, None], low[:, None]], 1)
-        self.norm[rows] = norm
-        self.error[rows] = (W_enc - rounded.float()).norm(dim=1) / norm.clamp_min(1e-30)
+        self.W.index_copy_(0, rows, torch.cat([rounded, high[:, None], low[:, None]], 1))
+        self.norm.index_copy_(0, rows, norm)
+        self.error.index_copy_(0, rows, (W_enc - rounded.float()).norm(dim=1) / norm.clamp_min(1e-30))
 
     def columns(self, centred: Float[Tensor, "n d_model"]) -> Float[Tensor, "columns n"]:
         """Return the tokens as what the rows are multiplied with; the ones meet the biases."""

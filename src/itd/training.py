@@ -195,10 +195,10 @@ def write_moment(
     In bfloat16, `dither`, evenly spread over 0 to 65535, decides whether a value is rounded up or down: the mean is kept.
     """
     if moments.dtype != torch.bfloat16 or dither is None:
-        moments[rows] = value.to(moments.dtype)
+        moments.index_copy_(0, rows, value.to(moments.dtype))
         return
     bits = value.float().view(torch.int32).add(dither[:, None].to(torch.int32))
-    moments[rows] = bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+    moments.index_copy_(0, rows, bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16))
 
 
 class Trainer:
@@ -331,15 +331,16 @@ class Trainer:
         rows = gradients.rows
         age = (step - self.last_step[rows]).clamp_min(1)
         self.last_step[rows] = step
-        W_dec = self.weights["W_dec"][rows]
-        radial = (gradients.W_dec * W_dec).sum(1, keepdim=True)
+        radial = torch.linalg.vecdot(gradients.W_dec, gradients.decoder)
+        tangent = gradients.W_dec.addcmul_(radial[:, None], gradients.decoder, value=-1)
         new = {
             "W_enc": self.adam("W_enc", rows, gradients.W_enc, age[:, None], step),
             "b_enc": self.adam("b_enc", rows, gradients.b_enc, age, step),
-            "W_dec": F.normalize(self.adam("W_dec", rows, gradients.W_dec - radial * W_dec, age[:, None], step), dim=1),
+            "W_dec": self.adam("W_dec", rows, tangent, age[:, None], step, gradients.decoder),
         }
+        new["W_dec"] /= torch.linalg.vector_norm(new["W_dec"], dim=1, keepdim=True)
         for name, value in new.items():
-            self.weights[name][rows] = value
+            self.weights[name].index_copy_(0, rows, value)
         if self.screen is not None:
             self.screen.refresh(rows, new["W_enc"], new["b_enc"])
 
@@ -348,19 +349,22 @@ class Trainer:
         everything = torch.arange(len(grad), device=grad.device)
         self.weights["b_dec"] = self.adam("b_dec", everything, grad, torch.ones_like(everything), step)
 
-    def adam(self, name: str, rows: Int[Tensor, " rows"], grad: Tensor, age: Tensor, step: int) -> Tensor:
-        """Update the moments of some rows and return the rows' new values.
+    def adam(
+        self, name: str, rows: Int[Tensor, " rows"], grad: Tensor, age: Tensor, step: int, value: Tensor | None = None
+    ) -> Tensor:
+        """Update the moments of some rows and return the rows' new values; `value`, if they are at hand, the old ones.
 
         Source: Kingma and Ba 2015, algorithm 1.
         """
-        first = self.first[name][rows].to(grad.dtype).mul_(BETA1**age).add_(grad, alpha=1 - BETA1)
-        second = self.second[name][rows].to(grad.dtype).mul_(BETA2**age).addcmul_(grad, grad, value=1 - BETA2)
+        first = self.first[name].index_select(0, rows).to(grad.dtype).mul_(BETA1**age).add_(grad, alpha=1 - BETA1)
+        second = self.second[name].index_select(0, rows).to(grad.dtype).mul_(BETA2**age).addcmul_(grad, grad, value=1 - BETA2)
         dither = ((rows + self.span[0]) * 40_503 + step * 30_011) % 65_536
         write_moment(self.first[name], rows, first)
         write_moment(self.second[name], rows, second, dither if grad.ndim == 2 else None)
         scale = second.div_(1 - BETA2 ** (step + 1)).sqrt_().add_(EPSILON)
         rate = self.learning_rate(step) * self.rates[name] / (1 - BETA1 ** (step + 1))
-        return self.weights[name][rows].addcdiv_(first, scale, value=-rate)
+        value = self.weights[name].index_select(0, rows) if value is None else value
+        return value.addcdiv_(first, scale, value=-rate)
 
     # Checkpoints
 
