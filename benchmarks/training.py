@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -139,11 +140,9 @@ class Worker:
 
     def ask(self, **order: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # that it has ended is what the answer says
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
         return self.answer()
 
     def step(self, step: int) -> None:
@@ -157,6 +156,8 @@ class Worker:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+        with suppress(BrokenPipeError):  # an order that it did not live to read
+            self.process.stdin.close()
 
 
 def environment(problem: Problem) -> dict[str, str]:

@@ -17,7 +17,9 @@ from itd.scale import ScaleArguments, TokenParallel, main, train_in_processes
 from itd.training import CHECKPOINT, PARAMETERS, Trainer
 
 SIZE = SAEConfig(d_model=12, n_latents=41, k=4)
-SETTINGS = TrainConfig(n_tokens=12 * 33, batch_tokens=33, warmup_steps=3, k_aux=8, dead_tokens=40, checkpoint_every=5)
+SETTINGS = TrainConfig(
+    n_tokens=12 * 9, batch_tokens=9, lr=0.01, warmup_steps=3, k_aux=8, aux_weight=1.0, dead_tokens=1, checkpoint_every=5
+)
 HALF = replace(SETTINGS, moments="bfloat16", screen="always", init="random", whiten=False)
 CASES = {"tokens": SETTINGS, "latents": SETTINGS, "latents-half": HALF}
 
@@ -52,11 +54,12 @@ def test_two_processes_train_what_one_does(trained: Path, name: str) -> None:
     found = load_file(trained / name / "weights.safetensors")
     alone = train(make_store(), SIZE, CASES[name])
     start = Trainer(make_store(), SIZE, CASES[name]).weights
+    tolerance = 1e-2 if CASES[name].moments == "bfloat16" else 1e-3
     for key in PARAMETERS:
-        torch.testing.assert_close(found[key], getattr(alone, key), rtol=1e-3, atol=1e-4)
-        assert not torch.allclose(found[key], start[key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[key], getattr(alone, key), rtol=tolerance, atol=tolerance / 10)
+        assert not torch.allclose(found[key], start[key], rtol=tolerance, atol=tolerance / 10)
     fvu, dead_share = map(float, (trained / name / "metrics.txt").read_text().split())
-    assert fvu == pytest.approx(alone.metrics["fvu"], rel=1e-3)
+    assert fvu == pytest.approx(alone.metrics["fvu"], rel=tolerance)
     assert dead_share == pytest.approx(alone.metrics["dead_share"], abs=1e-6)
 
 

@@ -1,4 +1,7 @@
-"""SAELens: its top-k training class and trainer, with sparse activations, which it advises for a small k in fp32."""
+"""SAELens: its top-k training class and trainer with their defaults.
+
+Sparse activations, which it advises for a small k in fp32, fail in the backward pass on processors (`view` of a sparse tensor).
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,7 @@ class SAELens:
         from sae_lens.training.sae_trainer import SAETrainer
 
         torch.manual_seed(0)
-        config = TopKTrainingSAEConfig(
-            d_in=problem.d_model, d_sae=problem.n_latents, k=problem.k, use_sparse_activations=True, device="cpu"
-        )
+        config = TopKTrainingSAEConfig(d_in=problem.d_model, d_sae=problem.n_latents, k=problem.k, device="cpu")
         training = SAETrainerConfig(
             total_training_samples=problem.n_steps * problem.tokens,
             train_batch_size_samples=problem.tokens,

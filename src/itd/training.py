@@ -11,7 +11,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -418,7 +418,7 @@ class Trainer:
             "tokens": float(self.train.n_tokens),
             "seconds": round(seconds, 1),
         }
-        weights = {name: value.cpu() for name, value in self.weights.items()}
+        weights: dict[str, Any] = {name: value.cpu() for name, value in self.weights.items()}
         config = replace(self.config, n_latents=len(weights["W_enc"]))
         return SAE(config, **weights, hook_point=self.store.hook_point, metrics=metrics)
 
