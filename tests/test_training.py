@@ -116,7 +116,9 @@ def test_moments_of_a_skipped_row_decay_as_if_its_gradient_had_been_zero(store: 
         if grad.any():
             zero = torch.zeros(1, dtype=torch.float64)
             trainer.update(
-                RowGradients(torch.tensor([3]), trainer.weights["W_dec"][3:4].clone(), grad[None], zero, torch.zeros_like(grad[None])),
+                RowGradients(
+                    torch.tensor([3]), trainer.weights["W_dec"][3:4].clone(), grad[None], zero, torch.zeros_like(grad[None])
+                ),
                 step,
             )
     torch.testing.assert_close(trainer.first["W_enc"][3], dense_first, rtol=1e-5, atol=1e-9)

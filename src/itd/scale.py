@@ -141,7 +141,9 @@ def part_path(out: str | Path, rank: int) -> Path:
 def join_parts(out: Path, config: SAEConfig, first: SAE) -> SAE:
     """Return the autoencoder whose parts the processes wrote, and remove them."""
     paths = [part_path(out, rank) for rank in range(dist.get_world_size())]
-    rows: dict[str, Any] = {name: torch.cat([read_tensor(path, name) for path in paths]) for name in ("W_enc", "b_enc", "W_dec")}
+    rows: dict[str, Any] = {
+        name: torch.cat([read_tensor(path, name) for path in paths]) for name in ("W_enc", "b_enc", "W_dec")
+    }
     sae = SAE(config, **rows, b_dec=first.b_dec, hook_point=first.hook_point, metrics=first.metrics)
     for path in paths:
         path.unlink()
