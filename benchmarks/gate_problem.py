@@ -6,9 +6,11 @@ text model up to layer 8 with random weights. Its tokenizer is a byte-level BPE 
 The autoencoder is made, not trained. Its decoder rows are directions of the tower's own activations: each is the difference of
 a token's activation and the mean, mixed with another token's and with noise; which tokens, is drawn by a power law. The encoder
 rows equal the decoder rows. The biases fall with the logarithm of a latent's rank, so that activation frequencies follow a
-power law too, as in trained autoencoders; how steeply, is found by bisection: the sixteenth of the latents that is active most
-often takes the same share of all activations as in the embedded world's trained autoencoder on that world's captions.
-Names are erased by `itd.erase` itself, from public lists of names, against other names and captions.
+power law too, as in trained autoencoders; how steeply, is found by bisection: the sixteenth of the latents with the largest
+biases takes the same share of all activations as the sixteenth that is active most often does in the embedded world's trained
+autoencoder, on captions that it was not chosen on. What the early exit then meets is recorded as `made_share`: the share that
+latents chosen on the prompts to fit take of the activations of those to calibrate. Names are erased by `itd.erase` itself, from
+public lists of names, against other names and captions.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from benchmarks.activations import PROMPTS
 from benchmarks.environments import ROOT
 from itd import SAE, EraseConfig, Eraser, HookPoint, Prompt, PromptSet, Retained, SAEConfig, emoji, erase
 from itd.activations import stream_contents
+from itd.kernels import SparseCodes
 from itd.pipelines import token_rows
 
 logger = logging.getLogger(__name__)
@@ -170,19 +173,29 @@ def content_states(pipe: Any, site: HookPoint, texts: list[str], most: int) -> T
 # The autoencoder
 
 
-def top_share(acts: Tensor, indices: Tensor, n_latents: int) -> float:
-    """Return the share of activations that falls on the sixteenth of the latents that is active most often."""
-    counts = torch.bincount(indices[acts > 0].flatten(), minlength=n_latents)
-    return float(counts.topk(max(1, n_latents // 16)).values.sum() / counts.sum())
+def share_on(latents: Tensor, codes: SparseCodes, n_latents: int) -> float:
+    """Return the share of activations that falls on some latents."""
+    marked = torch.zeros(n_latents, dtype=torch.bool)
+    marked[latents] = True
+    active = codes.acts > 0
+    return float((marked[codes.indices] & active).sum() / active.sum())
+
+
+def most_active(codes: SparseCodes, n_latents: int) -> Tensor:
+    """Return the sixteenth of the latents that is active most often."""
+    counts = torch.bincount(codes.indices[codes.acts > 0].flatten(), minlength=n_latents)
+    return counts.topk(max(1, n_latents // 16)).indices
 
 
 def trained_share() -> float:
-    """Return `top_share` of the embedded world's trained autoencoder on that world's captions."""
+    """Return the share in the embedded world's trained autoencoder: latents chosen on half of its tokens, share of the rest."""
     from itd.emoji.prompts import world_prompts
 
     pipe, sae = emoji.load_pipeline(), emoji.load_sae()
     x = content_states(pipe, emoji.HOOK_POINT, world_prompts().sample(2000).texts, 4000)
-    return top_share(*sae.encode(x), sae.config.n_latents)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    halves = [sae.encode(x[part]) for part in order.chunk(2)]
+    return share_on(most_active(halves[0], sae.config.n_latents), halves[1], sae.config.n_latents)
 
 
 def build_sae(problem: Problem, x: Tensor, share: float, n_tokens: int = 192) -> SAE:
@@ -201,10 +214,12 @@ def build_sae(problem: Problem, x: Tensor, share: float, n_tokens: int = 192) ->
     sample = centred[torch.randperm(len(x), generator=generator)[:n_tokens]]
     low, high, size = 0.0, 4.0, float(centred.norm(dim=1).mean())
     pre_acts = sample @ W.T
+    often = rank.topk(max(1, problem.n_latents // 16), largest=False).indices
+    steep = 0.0
     for _ in range(9):
         steep = (low + high) / 2
-        acts, indices = (pre_acts + steep * size * fall).topk(problem.k)
-        low, high = (steep, high) if top_share(acts, indices, problem.n_latents) < share else (low, steep)
+        active = SparseCodes(torch.ones(len(sample), problem.k), (pre_acts + steep * size * fall).topk(problem.k).indices)
+        low, high = (steep, high) if share_on(often, active, problem.n_latents) < share else (low, steep)
     bias = steep * size * fall
     bias += float((-(pre_acts + bias).topk(problem.k).values[:, -1]).clamp_min(0).max())  # k latents are active at every token
     return SAE(SAEConfig(problem.d_model, problem.n_latents, problem.k), W, bias, W.clone(), mean, problem.site)
@@ -234,8 +249,9 @@ def prepare(problem: Problem) -> Path:
     target = name_prompts(listed[: problem.n_concepts])
     erase(pipe, sae, problem.site, target, retained, config=EraseConfig()).save(folder / "eraser")
     codes = retained.calibrate_codes.codes
+    made = share_on(retained.stats(problem.k).often(), codes, problem.n_latents)
     about = {
-        "captions": source, "share": share, "made_share": top_share(codes.acts, codes.indices, problem.n_latents),
+        "captions": source, "share": share, "made_share": made,
         "activations": len(x), "tokens_per_caption": float(retained.calibrate_codes.n_tokens.double().mean()),
         "active": float((codes.acts > 0).double().sum(1).mean()),
     }  # fmt: skip
