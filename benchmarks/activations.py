@@ -73,9 +73,12 @@ def encode_prompts(n: int, batch_size: int = 64) -> Tensor:
         batch.append(text)
         if len(batch) < batch_size:
             continue
-        tokens = tokenizer(batch, padding=True, truncation=True, max_length=77, return_tensors="pt")
+        tokens = tokenizer(
+            batch, padding=True, truncation=True, max_length=77, return_tensors="pt", return_special_tokens_mask=True
+        )
+        content = ~tokens.pop("special_tokens_mask").bool()
         states = model(**tokens, output_hidden_states=True).hidden_states
-        rows = torch.cat([states[layer] for layer in LAYERS], 2)[tokens.attention_mask.bool()][: n - n_done]
+        rows = torch.cat([states[layer] for layer in LAYERS], 2)[content][: n - n_done]
         x[n_done : n_done + len(rows)] = rows
         n_done, batch = n_done + len(rows), []
         progress.update(len(rows))

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 LOGS = ROOT / "runs" / "bench" / "logs"
 N_HELD = 2048
+LATENTS_PER_ROW = 8
+"""At most so many latents may start from the same activation, where they start from activations: real runs have many more."""
 SHARE_OF_MEMORY = 0.92
 PROCESS_BYTES = 600 * 10**6
 """Of an interpreter with torch and the libraries."""
@@ -247,7 +249,7 @@ def default_steps(n_latents: int) -> int:
 def run_cell(arguments: TrainingBenchmark, n_latents: int, tokens: int) -> list[Result]:
     """Measure all systems at one size and batch."""
     n_steps = arguments.steps or default_steps(n_latents)
-    path, source = activations(arguments.d_model, n_steps * tokens + N_HELD)
+    path, source = activations(arguments.d_model, max(n_steps * tokens, n_latents // LATENTS_PER_ROW) + N_HELD)
     problem = Problem(str(path), arguments.d_model, n_latents, arguments.k, tokens, n_steps, arguments.threads, N_HELD)
     packed, left_out = groups(arguments.systems, problem, available_memory())
     results = [result for group in packed for result in run_group(group, problem, source)]

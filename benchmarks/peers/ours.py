@@ -28,9 +28,8 @@ class Ours:
     """Screened encode, sparse gradients, Adam on touched rows."""
 
     def __init__(self, problem: Problem, x: Tensor, settings: TrainConfig) -> None:
-        used = x[: problem.n_steps * problem.tokens]
         size = SAEConfig(problem.d_model, problem.n_latents, problem.k)
-        self.trainer, self.n_steps = Fed(ActivationStore(used, torch.ones(len(used))), size, settings), 0
+        self.trainer, self.n_steps = Fed(ActivationStore(x, torch.ones(len(x))), size, settings), 0
         # Memory of zeros is not resident until it is written. In a long run all of it is, so that it has to count.
         for moments in (*self.trainer.first.values(), *self.trainer.second.values()):
             moments.zero_()

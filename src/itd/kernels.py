@@ -5,6 +5,7 @@ Each has a naive dense twin in `tests/reference/`. None ever holds tokens x n_la
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,8 +20,6 @@ from itd.selection import BLOCK, Pool
 
 TILE_BYTES = 4 * 2**20
 """Upper bound of a tile's pre-activations, in bytes: a tile that stays in the cache is selected from almost for free."""
-RESCORE_BYTES = 4 * 2**20
-"""Upper bound of the encoder rows that are gathered at a time to score candidates exactly, in bytes."""
 CHUNK_PAIRS = 512
 """Pairs of latent and token whose gradients are computed at a time, so that all of it stays in the cache."""
 
@@ -146,18 +145,29 @@ def score_candidates(
     pool: Pool,
 ) -> SparseCodes:
     """Compute the candidates of a pool exactly and return the k largest of each token."""
-    acts, indices = centred.new_empty(len(centred), pool.k), pool.indices.new_empty(len(centred), pool.k)
-    widths = pool.fill.clamp_min(pool.k)
-    n_tokens = max(1, RESCORE_BYTES // (int(widths.max()) * centred.shape[1] * centred.element_size()))
-    for tokens in torch.arange(len(centred), device=centred.device).split(n_tokens):
-        width = int(widths[tokens].max())
-        candidates, upper = pool.indices[tokens, :width], pool.upper[tokens, :width]
-        rows = W_enc.index_select(0, candidates.flatten()).view(len(tokens), width, -1)
-        exact = torch.bmm(rows, centred[tokens, :, None])[:, :, 0] + b_enc[candidates]
-        exact = torch.where(upper.isfinite(), exact, -torch.inf)
-        largest, order = exact.topk(pool.k, dim=1, sorted=False)
-        acts[tokens], indices[tokens] = largest.clamp_min(0), candidates.gather(1, order)
-    return SparseCodes(acts, indices)
+    counts = pool.fill.clamp_min(pool.k)
+    listed = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    candidates, upper = pool.indices[:, : listed.shape[1]], pool.upper[:, : listed.shape[1]]
+    indices = candidates[listed]
+    exact = torch.full_like(upper, -torch.inf)
+    exact[listed] = dot_pairs(centred, W_enc, counts, indices) + b_enc[indices]
+    acts, order = torch.where(upper.isfinite(), exact, -torch.inf).topk(pool.k, dim=1, sorted=False)
+    return SparseCodes(acts.clamp_min(0), candidates.gather(1, order))
+
+
+def dot_pairs(
+    x: Float[Tensor, "n d_model"],
+    W: Float[Tensor, "n_latents d_model"],
+    counts: Int[Tensor, " n"],
+    indices: Int[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
+    """Return the products of each token with its rows: `counts` rows a token, listed one token after the other."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        pattern = torch.sparse_csr_tensor(
+            F.pad(counts.cumsum(0), (1, 0)), indices, x.new_zeros(len(indices)), (len(x), len(W)), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(pattern, x, W.T, beta=0.0).values()
 
 
 def keep_largest(a: SparseCodes, b: SparseCodes, k: int) -> SparseCodes:

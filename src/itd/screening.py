@@ -13,7 +13,9 @@ UNIT = 2.0**-8
 """Half the distance between neighbouring bfloat16 numbers, relative to the number."""
 SLACK = 1.001
 """Covers the rounding of the bound itself, which is computed in fp32."""
-CHUNK_ROWS = 8192
+SCREENED_LATENTS = 2**16
+"""Where screening is left to us, smaller autoencoders are encoded in fp32: the copy takes memory and saves little time."""
+CHUNK_ROWS = 1024
 """Rows that are converted at a time."""
 
 

@@ -13,6 +13,8 @@ from itd.screening import Bound
 
 BLOCK = 32
 """Neighbouring latents that are passed over together when none of them can be among the k largest."""
+PRIMING = 4
+"""The first threshold comes from so many times as many latents as a pool keeps."""
 
 
 class Found(NamedTuple):
@@ -50,6 +52,11 @@ class Pool:
 
     def offer(self, pre_acts: Float[Tensor, "tile n"], indices: Int[Tensor, " tile"]) -> None:
         """Look for candidates among the pre-activations of some latents."""
+        first = PRIMING * self.keep
+        if self.empty and len(pre_acts) > first:
+            # The first tile is searched as the others are, with a threshold from its own beginning.
+            self.offer(pre_acts[:first], indices[:first])
+            return self.offer(pre_acts[first:], indices[first:])
         if not self.empty:
             for _ in range(2):
                 found = self.search(pre_acts, indices)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 from itd.activations import ActivationStore, write_tensors
 from itd.kernels import Group, RowGradients, SparseCodes, encode_groups, gradient_chunks, sort_by_latent, sparse_decode
 from itd.memory import free_memory, training_memory
 from itd.sae import SAE, SAEConfig
-from itd.screening import Screen, screening_pays
+from itd.screening import SCREENED_LATENTS, Screen, screening_pays
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +34,10 @@ CHECKPOINT = "checkpoint.safetensors"
 PARAMETERS: tuple[str, ...] = ("W_enc", "b_enc", "W_dec", "b_dec")
 BETA1, BETA2, EPSILON = 0.9, 0.999, 6.25e-10
 """Of Adam, as in OpenAI's trainer."""
-START_ROWS = 4096
+START_ROWS = 1024
 """Starting rows that are drawn at a time; each such block has a seed of its own."""
+HIGH_HALF = 1 if sys.byteorder == "little" else 0
+"""Which 16 bits of an fp32 number are the bfloat16 number that it begins with."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class TrainConfig:
     with odds that keep its mean, since steps of a thousandth would be lost otherwise."""
     screen: Literal["auto", "always", "never"] = "auto"
     """Whether the encoder runs in bfloat16 first, with an error bound, and in fp32 for what may be among the k largest. The
-    result is the same; `auto` screens where the processor multiplies bfloat16 matrices faster."""
+    result is the same; `auto` screens large autoencoders where the processor multiplies bfloat16 matrices faster."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     seed: int = 0
@@ -112,7 +116,7 @@ def geometric_median(x: Float[Tensor, "n d_model"], n_steps: int = 50) -> Float[
     return median
 
 
-def covariance(x: Float[Tensor, "n d_model"], n_rows: int = 4096) -> Float[Tensor, "d_model d_model"]:
+def covariance(x: Float[Tensor, "n d_model"], n_rows: int = 1024) -> Float[Tensor, "d_model d_model"]:
     """Return the covariance of the rows, accumulated over some at a time."""
     mean = x.mean(0)
     total = x.new_zeros(x.shape[1], x.shape[1])
@@ -197,8 +201,9 @@ def write_moment(
     if moments.dtype != torch.bfloat16 or dither is None:
         moments.index_copy_(0, rows, value.to(moments.dtype))
         return
-    bits = value.float().view(torch.int32).add(dither[:, None].to(torch.int32))
-    moments.index_copy_(0, rows, bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16))
+    bits = value.float().contiguous().view(torch.int32).add(dither[:, None].to(torch.int32))
+    halves = bits.view(torch.int16)[:, HIGH_HALF::2]
+    moments.view(torch.int16).index_copy_(0, rows, halves)
 
 
 class Trainer:
@@ -261,7 +266,8 @@ class Trainer:
 
     def renew_screen(self) -> None:
         """Make the half-precision copy of the encoder, if the encoder is to be screened."""
-        wanted = self.train.screen == "always" or (self.train.screen == "auto" and screening_pays(self.device))
+        large = self.config.n_latents >= SCREENED_LATENTS
+        wanted = self.train.screen == "always" or (self.train.screen == "auto" and large and screening_pays(self.device))
         w = self.weights
         self.screen = Screen.of(w["W_enc"], w["b_enc"]) if wanted and w["W_enc"].dtype == torch.float32 else None
 
@@ -356,15 +362,17 @@ class Trainer:
 
         Source: Kingma and Ba 2015, algorithm 1.
         """
-        first = self.first[name].index_select(0, rows).to(grad.dtype).mul_(BETA1**age).add_(grad, alpha=1 - BETA1)
-        second = self.second[name].index_select(0, rows).to(grad.dtype).mul_(BETA2**age).addcmul_(grad, grad, value=1 - BETA2)
+        first = self.first[name].index_select(0, rows) * (BETA1 ** (age - 1)).to(grad.dtype)
+        second = self.second[name].index_select(0, rows) * (BETA2 ** (age - 1)).to(grad.dtype)
+        value = self.weights[name].index_select(0, rows) if value is None else value
+        adam(
+            [value], [grad], [first], [second], [], [torch.tensor(float(step))], fused=True, amsgrad=False, beta1=BETA1,
+            beta2=BETA2, lr=self.learning_rate(step) * self.rates[name], weight_decay=0.0, eps=EPSILON, maximize=False,
+        )  # fmt: skip
         dither = ((rows + self.span[0]) * 40_503 + step * 30_011) % 65_536
         write_moment(self.first[name], rows, first)
         write_moment(self.second[name], rows, second, dither if grad.ndim == 2 else None)
-        scale = second.div_(1 - BETA2 ** (step + 1)).sqrt_().add_(EPSILON)
-        rate = self.learning_rate(step) * self.rates[name] / (1 - BETA1 ** (step + 1))
-        value = self.weights[name].index_select(0, rows) if value is None else value
-        return value.addcdiv_(first, scale, value=-rate)
+        return value
 
     # Checkpoints
 
