@@ -47,7 +47,7 @@ class Ours:
 def settings_for(problem: Problem) -> TrainConfig:
     n_tokens = problem.n_steps * problem.tokens
     settings = TrainConfig(n_tokens=n_tokens, batch_tokens=problem.tokens, whiten=False, moments="bfloat16")
-    return replace(settings, warmup_steps=problem.warmup_steps)
+    return replace(settings, lr=1e-2, warmup_steps=problem.warmup_steps)
 
 
 def make(problem: Problem, x: Tensor) -> System:
