@@ -67,6 +67,11 @@ def checks_of(eraser: Eraser, pipe: Any, texts: Sequence[str]) -> list[list[int]
     return [list(check.decision.concepts) for check in eraser.check(pipe, texts)]
 
 
+def early_share(eraser: Eraser, pipe: Any, texts: Sequence[str]) -> float:
+    """Return the share of prompts that are decided without the full computation."""
+    return sum(check.decision.early for check in eraser.check(pipe, texts)) / len(texts)
+
+
 def naive_checks(eraser: Eraser, pipe: Any, texts: Sequence[str]) -> list[list[int]]:
     """Decide as the published code does: every position, padded, in dense codes; the score is ours."""
     sae, site, fired = eraser.sae, eraser.hook_point, []
@@ -142,8 +147,9 @@ def work(system: str, problem: Problem) -> None:
         encoder_seconds, _ = timed(lambda texts=texts: bare_forward(pipe, problem.site, texts, system == "naive"))
         check_seconds, fired = timed(lambda texts=texts: run_system(system, eraser, pipe, texts))
         now, most = resident_bytes()
+        early = early_share(eraser, pipe, texts) if system == "itd" else 0.0  # from what check remembers
         say({
-            "encoder_seconds": encoder_seconds, "check_seconds": check_seconds, "fired": fired,
+            "encoder_seconds": encoder_seconds, "check_seconds": check_seconds, "fired": fired, "early": early,
             "resident": now - before, "peak": most - before,
         })  # fmt: skip
 
@@ -209,6 +215,7 @@ def summary(system: str, worker: Worker, expected: list[list[int]]) -> dict[str,
         "prompts": len(fired), "fired": sum(map(bool, fired)), "check_over_encoder": check / encoder,
         "median_resident_gb": median(residents) / 1e9, "peak_gb": max(answer["peak"] for answer in answers) / 1e9,
         "load_seconds": worker.started["load_seconds"],
+        "early_share": sum(answer["early"] for answer in answers) / len(answers),
     }  # fmt: skip
 
 

@@ -4,13 +4,13 @@ No weights of Stable Diffusion are needed, as a forward pass costs the same what
 text model up to layer 8 with random weights. Its tokenizer is a byte-level BPE learnt from the captions.
 
 The autoencoder is made, not trained. Its decoder rows are directions of the tower's own activations: each is the difference of
-a token's activation and the mean, mixed with another token's and with noise; which tokens, is drawn by a power law. The encoder
-rows equal the decoder rows. The biases fall with the logarithm of a latent's rank, so that activation frequencies follow a
-power law too, as in trained autoencoders; how steeply, is found by bisection: the sixteenth of the latents with the largest
-biases takes the same share of all activations as the sixteenth that is active most often does in the embedded world's trained
-autoencoder, on captions that it was not chosen on. What the early exit then meets is recorded as `made_share`: the share that
-latents chosen on the prompts to fit take of the activations of those to calibrate. Names are erased by `itd.erase` itself, from
-public lists of names, against other names and captions.
+a token's activation and the mean, mixed with another token's and with noise, the tokens taken in turn. The encoder rows equal
+the decoder rows. The biases fall with the logarithm of a latent's rank, so that activation frequencies follow a power law, as
+in trained autoencoders; how steeply, is found by bisection: the sixteenth of the latents with the largest biases takes the
+same share of all activations as the sixteenth that is active most often does in the embedded world's trained autoencoder, on
+captions that it was not chosen on. What the early exit then meets is recorded as `made_share`: the share that latents chosen
+on the prompts to fit take of the activations of those to calibrate. Names are erased by `itd.erase` itself, from public lists
+of names, against other names and captions.
 """
 
 from __future__ import annotations
@@ -203,12 +203,11 @@ def build_sae(problem: Problem, x: Tensor, share: float, n_tokens: int = 192) ->
     generator = torch.Generator().manual_seed(1)
     mean = x.mean(0)
     centred = x - mean
-    frequency = 1 / (torch.arange(len(x)) + 10.0)
     W = torch.empty(problem.n_latents, problem.d_model)
     for rows in torch.arange(problem.n_latents).split(2**14):
-        chosen, other = (frequency.multinomial(len(rows), replacement=True, generator=generator) for _ in range(2))
+        other = torch.randint(len(x), (len(rows),), generator=generator)
         noise = torch.randn(len(rows), problem.d_model, generator=generator) * centred.std()
-        W[rows] = torch.nn.functional.normalize(centred[chosen] + 0.5 * centred[other] + noise, dim=1)
+        W[rows] = torch.nn.functional.normalize(centred[rows % len(x)] + 0.5 * centred[other] + noise, dim=1)
     rank = torch.randperm(problem.n_latents, generator=generator) + 1.0
     fall = -(rank.log() / torch.tensor(float(problem.n_latents)).log())
     sample = centred[torch.randperm(len(x), generator=generator)[:n_tokens]]

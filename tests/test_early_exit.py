@@ -98,7 +98,9 @@ def test_a_marked_token_is_below_every_threshold_however_it_is_computed(name: Sc
     ]
     for quantile in (0.1, 0.5, 0.9, 1.0):
         thresholds = ways[0].quantile(quantile, dim=0)
-        marked = exit_.below(x, thresholds.tolist())
+        some = exit_.below(x, thresholds.tolist())
+        marked = exit_.below(x, thresholds.tolist(), sae)
+        assert (marked | ~some).all()
         for tokens in ways:
             assert (tokens[marked] < thresholds).all()
 
@@ -125,10 +127,10 @@ def test_most_prompts_are_decided_early_and_more_with_the_latents_that_are_often
     thresholds = torch.stack([score("evidence", sae, concepts, x).concepts for x in prompts]).amax(0) + 0.1
     shares = []
     for often in (NO_LATENTS, most_active(sae, 30)):
-        gate = Gate("evidence", tuple(thresholds.tolist()))
-        exit_ = gate.early_exit(sae, concepts, often)
-        shares.append(sum(gate.decide(sae, concepts, x, exit_).early for x in prompts) / 300)
-    assert 0 < shares[0] < shares[1]
+        exit_ = EarlyExit.make(sae, concepts, often)
+        shares.append(float(exit_.below(prompts[:, 0], thresholds.tolist()).float().mean()))
+    shares.append(float(exit_.below(prompts[:, 0], thresholds.tolist(), sae).float().mean()))
+    assert 0 < shares[0] < shares[1] < shares[2]
     assert shares[1] > 0.5
 
 

@@ -3,7 +3,8 @@
 Whether a target feature is active depends on all latents: it has to be among the k largest. Two facts need only some. An act
 is at most the pre-activation. And the k-th largest pre-activation within any set S of latents is at most the k-th largest of
 all, so a feature below it is not active. A token whose score is below every threshold even if all features that may be active
-were active is decided; for all others the gate computes the score in full.
+were active is decided. The few tokens that some latents leave open are compared with all, many at a time. A prompt with a token
+that is open even then has its score computed in full.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ class Rows:
     def of(cls, sae: SAE, indices: Int[Tensor, " rows"]) -> Rows:
         """Copy rows of the autoencoder."""
         at = indices.to(sae.W_enc.device)
-        W_enc, b_enc = sae.W_enc.index_select(0, at), sae.b_enc.index_select(0, at)
-        if len(at) == 0:
+        return cls.holding(sae.W_enc.index_select(0, at), sae.b_enc.index_select(0, at))
+
+    @classmethod
+    def holding(cls, W_enc: Float[Tensor, "rows d_model"], b_enc: Float[Tensor, " rows"]) -> Rows:
+        """Measure rows."""
+        if len(b_enc) == 0:
             return cls(W_enc, b_enc, 0.0, 0.0)
         return cls(W_enc, b_enc, float(length_bound(W_enc).max()), float(b_enc.abs().max()))
 
@@ -98,37 +103,61 @@ class EarlyExit:
         """Memory of the copied rows."""
         return sum(rows.W_enc.nbytes + rows.b_enc.nbytes for rows in (self.features, self.often))
 
-    def below(self, x: Float[Tensor, "tokens d_model"], thresholds: Sequence[float]) -> Bool[Tensor, " tokens"]:
+    def below(
+        self, x: Float[Tensor, "tokens d_model"], thresholds: Sequence[float], sae: SAE | None = None
+    ) -> Bool[Tensor, " tokens"]:
         """Mark the tokens whose score is certainly below every concept's threshold. False says nothing.
 
-        Each token's mark is right whatever stands beside it, so a batch may be taken at once.
+        Each token's mark is right whatever stands beside it, so a batch may be taken at once. With the autoencoder, the few
+        tokens that the rows leave open are compared with all latents, in one pass over its encoder.
         """
         if x.ndim != 2 or x.shape[1] != len(self.b_dec) or not is_full_precision(x.device):
             return torch.zeros(len(x), dtype=torch.bool, device=x.device)
         limits = torch.tensor(thresholds, dtype=self.offsets.dtype, device=x.device)
         size = max(1, CHUNK_BYTES // (self.offsets.element_size() * max(1, len(self.features), len(self.often))))
         parts = [self.below_in_chunk(part, limits) for part in x.to(self.b_dec.dtype).split(size)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device=x.device)
+        below = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device=x.device)
+        still_open = (~below & x.isfinite().all(1)).nonzero().flatten()
+        if sae is not None and len(still_open):
+            below[still_open] = self.below_all_latents(x[still_open].to(self.b_dec.dtype), limits, sae)
+            sae.release()
+        return below
+
+    def below_all_latents(
+        self, x: Float[Tensor, "n d_model"], limits: Float[Tensor, " concepts"], sae: SAE
+    ) -> Bool[Tensor, " n"]:
+        """Compare the features with the k-th largest pre-activation of all latents."""
+        codes, found = sae.encode(x), list[Tensor]()
+        for rows, acts, indices in zip(*(part.split(64) for part in (x, *codes)), strict=True):
+            centred = rows - self.b_dec
+            length, upper = length_bound(centred), self.upper(centred)
+            active = sae.W_enc[indices.flatten()], sae.b_enc[indices.flatten()]
+            slack = Rows.holding(*active).rounding(length)
+            found.append((self.bound(torch.where(upper < acts.amin(1) - slack, 0, upper)) < limits).all(1))
+        return torch.cat(found)
+
+    def upper(self, centred: Float[Tensor, "n d_model"]) -> Float[Tensor, "features n"]:
+        """Return upper bounds of the features' acts, were they active."""
+        pre_acts = torch.addmm(self.features.b_enc[:, None], self.features.W_enc, centred.T)
+        return (pre_acts + self.features.rounding(length_bound(centred))).clamp_min(0)
 
     def below_in_chunk(self, x: Float[Tensor, "tokens d_model"], limits: Float[Tensor, " concepts"]) -> Bool[Tensor, " tokens"]:
         """First take every feature for active; only for tokens that this leaves open compare with the latents in `often`."""
         finite = x.isfinite().all(1)
         centred = torch.where(finite[:, None], x, 0) - self.b_dec
-        length = length_bound(centred)
-        pre_acts = torch.addmm(self.features.b_enc[:, None], self.features.W_enc, centred.T)
-        upper = (pre_acts + self.features.rounding(length)).clamp_min(0)
+        upper = self.upper(centred)
         below = (self.bound(upper) < limits).all(1)
         unsure = (~below & finite).nonzero().flatten()
         if len(unsure) and len(self.often) >= self.k:
-            upper, at_least = upper[:, unsure], self.kth_largest(centred[unsure], length[unsure])
+            upper, at_least = upper[:, unsure], self.kth_largest(centred[unsure])
             # A comparison with NaN is false: what cannot be compared counts as active.
             below[unsure] = (self.bound(torch.where(upper < at_least, 0, upper)) < limits).all(1)
         return below & finite
 
-    def kth_largest(self, centred: Float[Tensor, "n d_model"], length: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def kth_largest(self, centred: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
         """Return a lower bound of the k-th largest pre-activation of each token."""
         pre_acts = torch.addmm(self.often.b_enc, centred, self.often.W_enc.T)
-        return pre_acts.topk(self.k, dim=1, sorted=False).values.amin(1) - self.often.rounding(length)
+        return pre_acts.topk(self.k, dim=1, sorted=False).values.amin(1) - self.often.rounding(length_bound(centred))
 
     def bound(self, upper: Float[Tensor, "features n"]) -> Float[Tensor, "n concepts"]:
         """Return an upper bound of every concept's score, given upper bounds of the acts, rounding of both sums included."""

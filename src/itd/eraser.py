@@ -155,7 +155,9 @@ class Eraser:
         """Gate prompts, each by itself; only the early exit, whose result does not depend on it, is done for all at once."""
         if self.early_exit is None or not prompts:
             return [self.decide(x) for x in prompts]
-        below = self.early_exit.below(torch.cat(list(prompts)).float(), self.gate.thresholds).split([len(x) for x in prompts])
+        below = self.early_exit.below(torch.cat(list(prompts)).float(), self.gate.thresholds, self.sae).split(
+            [len(x) for x in prompts]
+        )
         return [self.decide_marked(x.float(), marks) for x, marks in zip(prompts, below, strict=True)]
 
     def decide_marked(self, x: Float[Tensor, "tokens d_model"], below: Bool[Tensor, " tokens"]) -> Decision:

@@ -158,7 +158,7 @@ def below_by_prefix(eraser: Eraser, keys: Sequence[bytes], x: Float[Tensor, "tok
     known = eraser.memory.prefixes
     first = {key: i for i, key in reversed(list(enumerate(keys))) if known.get(key) is None}
     assert eraser.early_exit is not None
-    fresh = eraser.early_exit.below(x[list(first.values())], eraser.gate.thresholds).tolist()
+    fresh = eraser.early_exit.below(x[list(first.values())], eraser.gate.thresholds, eraser.sae).tolist()
     marks = dict(zip(first, fresh, strict=True))
     for key, mark in marks.items():
         known.put(key, mark, PREFIX_BYTES)

@@ -278,7 +278,7 @@ class Decision:
     """Of all concepts."""
     compute: Callable[[], Scores] = field(repr=False)
     early: bool = False
-    """Decided without the full computation."""
+    """Decided before its scores were computed."""
 
     @cached_property
     def scores(self) -> Scores:
@@ -335,7 +335,7 @@ class Gate:
 
         With an `early_exit`, the full computation is left out where the result is certain without it.
         """
-        certain = early_exit is not None and len(x) > 0 and bool(early_exit.below(x, self.thresholds).all())
+        certain = early_exit is not None and len(x) > 0 and bool(early_exit.below(x, self.thresholds, sae).all())
         return self.passed(sae, concepts, x) if certain else self.decide_in_full(sae, concepts, x)
 
     def decide_in_full(self, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"]) -> Decision:
