@@ -37,7 +37,7 @@ def deal(prompts: PromptSet) -> PromptSet:
 
 
 TARGET, RETAIN = deal(prompts_of("house", "boat")), deal(prompts_of(*OTHERS))
-CONFIG = EraseConfig(n_features=16, fpr=0.1)
+CONFIG = EraseConfig(selection="evidence", n_features=16, fpr=0.1)
 
 
 def make(pipe: Any, sae: SAE, site: HookPoint, config: EraseConfig | str = CONFIG, **sets: PromptSet) -> Eraser:
@@ -309,7 +309,7 @@ def test_nan_activations_are_an_error(pipe: Any, sae: SAE, site: HookPoint) -> N
     [
         ({"selection": "typo"}, r"selection must be one of \('evidence', 'difference'\), got 'typo'"),
         ({"n_features": 0}, "n_features and k_sel must be at least 1, got 0 and 128"),
-        ({"k_sel": -1}, "n_features and k_sel must be at least 1, got 32 and -1"),
+        ({"k_sel": -1}, "n_features and k_sel must be at least 1, got 64 and -1"),
     ],
 )
 def test_settings_out_of_range_are_errors(changes: dict[str, Any], message: str) -> None:

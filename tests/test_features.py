@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference.features import dense_maxima, evidence_weights, select_by_sets
+from reference.features import dense_maxima, evidence_weights, fisher_weights, select_by_sets
 from torch import Tensor
 
 from itd import SAE, ConceptFeatures, FeatureStats, SAEConfig
-from itd.features import PromptCodes, all_indices, matched_filter, prompt_maxima, set_difference
+from itd.features import PromptCodes, all_indices, fisher_filter, matched_filter, prompt_maxima, set_difference
 from itd.kernels import SparseCodes
 
 SAE_ = SAE.random(SAEConfig(d_model=8, n_latents=30, k=4), seed=2)
@@ -156,6 +156,38 @@ def test_eps_changes_the_matched_filter() -> None:
 def test_a_matched_filter_of_what_is_retained_is_empty() -> None:
     stats = stats_of(draw_prompts(6, seed=0))
     assert len(matched_filter(stats, stats, "concept")) == 0
+
+
+@pytest.mark.parametrize("n_features", [1, 4, 100])
+@pytest.mark.parametrize("shrinkage", [0.1, 1.0])
+def test_fishers_discriminant_equals_that_from_dense_maxima(n_features: int, shrinkage: float) -> None:
+    target, retain = draw_prompts(6, seed=0, shift=1.5), draw_prompts(8, seed=1)
+    expected = fisher_weights(SAE_, target, retain, n_features, shrinkage)
+    found = fisher_filter(stats_of(target), stats_of(retain), codes_of(retain), "concept", n_features, shrinkage)
+    assert found.indices.tolist() == sorted(expected)
+    torch.testing.assert_close(found.weights, torch.tensor([expected[j] for j in sorted(expected)]), rtol=1e-3, atol=1e-4)
+    assert float(found.weights.norm()) == pytest.approx(1)
+
+
+def test_what_a_neighbour_shares_speaks_against_the_concept() -> None:
+    def codes(*rows: tuple[float, float]) -> PromptCodes:
+        acts = torch.tensor(rows)
+        return PromptCodes(
+            SparseCodes(acts, torch.tensor([[0, 1]]).expand(len(rows), 2).contiguous()), torch.ones(len(rows)).long()
+        )
+
+    target = codes((1.0, 0.3), (1.0, 0.3))
+    retained = codes((1.0, 1.0), (0.9, 1.1), *[(0.0, 0.0)] * 6)
+    stats = [FeatureStats(SAE_).update_codes(part) for part in (target, retained)]
+    found, plain = fisher_filter(*stats, retained, "concept", shrinkage=0.1), matched_filter(*stats, "concept")
+    assert found.indices.tolist() == plain.indices.tolist() == [0, 1]
+    assert found.weights[0] > 0 > found.weights[1]
+    assert (plain.weights > 0).all()
+
+
+def test_a_discriminant_of_what_is_retained_is_empty() -> None:
+    prompts = draw_prompts(6, seed=0)
+    assert len(fisher_filter(stats_of(prompts), stats_of(prompts), codes_of(prompts), "concept")) == 0
 
 
 # Algebra

@@ -14,7 +14,7 @@ from torch import Tensor
 from itd import pipelines
 from itd.activations import stream
 from itd.eraser import Edit, EditMode, Eraser, same_encoder
-from itd.features import ConceptFeatures, FeatureStats, PromptCodes, matched_filter, set_difference
+from itd.features import ConceptFeatures, FeatureStats, PromptCodes, fisher_filter, matched_filter, set_difference
 from itd.gate import Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts
 from itd.hooks import HookPoint
 from itd.prompts import Prompt, PromptSet, check_leaks
@@ -23,7 +23,7 @@ from itd.sae import SAE
 
 logger = logging.getLogger(__name__)
 
-SELECTIONS = ("evidence", "difference")
+SELECTIONS = ("fisher", "evidence", "difference")
 WEAK_RECALL = 0.5
 """Below this share of recognised held-out prompts, a concept is reported as one without features of its own."""
 
@@ -32,12 +32,14 @@ WEAK_RECALL = 0.5
 class EraseConfig:
     """How features are selected, the gate is calibrated and gated prompts are edited."""
 
-    selection: Literal["evidence", "difference"] = "evidence"
-    """Matched filter per concept, or the paper's set difference over all of them."""
-    n_features: int = 32
-    """Features per concept, for `evidence`."""
+    selection: Literal["fisher", "evidence", "difference"] = "fisher"
+    """Filter per concept with the covariance of its features, or without; or the paper's set difference over all concepts."""
+    n_features: int = 64
+    """Features per concept, for `fisher` and `evidence`."""
+    shrinkage: float = 0.3
+    """How far the covariance is drawn towards its diagonal, for `fisher`."""
     eps: float = 0.01
-    """Variance floor of the matched filter, as a share of the largest variance."""
+    """Variance floor of the matched filter, as a share of the largest variance, for `evidence`."""
     k_sel: int = 128
     """Latents per prompt, for `difference`: 128 for celebrities and explicit content, 256 for styles."""
     score: ScoreName = "evidence"
@@ -264,6 +266,10 @@ def select(sae: SAE, fit: dict[str, PromptCodes], kept: Retained, config: EraseC
         {name: FeatureStats(sae, config.k_sel).update_codes(codes) for name, codes in fit.items()},
         kept.stats(config.k_sel),
     )
+    if config.selection == "fisher":
+        return tuple(
+            fisher_filter(s, others, kept.fit_codes, name, config.n_features, config.shrinkage) for name, s in stats.items()
+        )
     if config.selection == "evidence":
         return tuple(matched_filter(s, others, name, config.n_features, config.eps) for name, s in stats.items())
     chosen = [set_difference(s, others, name) for name, s in stats.items()]

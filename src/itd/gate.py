@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from itd.early_exit import EarlyExit
-from itd.features import ConceptFeatures, PromptCodes, all_indices
+from itd.features import ConceptFeatures, PromptCodes, all_indices, dense_acts
 from itd.kernels import SparseCodes
 from itd.sae import SAE
 
@@ -49,16 +49,6 @@ def filter_bank(concepts: tuple[ConceptFeatures, ...]) -> FilterBank:
     weights = torch.stack([concept.spread(features) for concept in concepts], 1)
     scale = torch.tensor([concept.scale for concept in concepts])
     return FilterBank(features, weights, scale, torch.tensor([concept.offset for concept in concepts]))
-
-
-def dense_acts(codes: SparseCodes, features: Int[Tensor, " n"]) -> Float[Tensor, "tokens n"]:
-    """Return the acts of some latents (sorted, distinct) at every token, dense over those only."""
-    acts = torch.zeros(len(codes.acts), len(features) + 1, device=codes.acts.device)
-    if len(features) == 0:
-        return acts[:, :0]
-    position = torch.searchsorted(features, codes.indices).clamp_max(len(features) - 1)
-    position = torch.where(features[position] == codes.indices, position, len(features))
-    return acts.scatter_add_(1, position, codes.acts)[:, :-1]
 
 
 def keep_features(codes: SparseCodes, concept: ConceptFeatures) -> SparseCodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,3 +45,15 @@ def evidence_weights(sae: SAE, target: list[Tensor], retain: list[Tensor], n_fea
     chosen = [j for j in sorted(range(len(raw)), key=lambda j: -raw[j])[:n_features] if raw[j] > 0]
     norm = sum(raw[j] ** 2 for j in chosen) ** 0.5
     return {j: raw[j] / norm for j in chosen}
+
+
+def fisher_weights(sae: SAE, target: list[Tensor], retain: list[Tensor], n_features: int, shrinkage: float) -> dict[int, float]:
+    """Return the shrunk discriminant of a concept, in double precision from dense maxima."""
+    z_target, z_retain = (dense_maxima(sae, prompts).double().numpy() for prompts in (target, retain))
+    gap, variance = z_target.mean(0) - z_retain.mean(0), z_retain.var(0)
+    ratio = gap / np.sqrt(variance + 0.01 * variance.max())
+    chosen = sorted(j for j in np.argsort(-ratio)[:n_features].tolist() if gap[j] > 0)
+    covariance = np.atleast_2d(np.cov(z_retain[:, chosen].T))
+    own = np.diag(covariance)
+    weights = np.linalg.inv(covariance + shrinkage * (np.diag(own) + 0.1 * own.max() * np.eye(len(chosen)))) @ gap[chosen]
+    return dict(zip(chosen, (weights / np.linalg.norm(weights)).tolist(), strict=True))

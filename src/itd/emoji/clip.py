@@ -176,7 +176,10 @@ class Shots:
 
 
 class Studio:
-    """Draws images of the world and says what they show: single stickers and, in a quarter of the cases, scenes of one design."""
+    """Draws images of the world and says what they show.
+
+    Most are single stickers, a quarter are scenes of two in one design.
+    """
 
     def __init__(self, world: World) -> None:
         self.world, self.stickers, self.colors = world, premultiply(world.rgba), background_colors()
@@ -227,7 +230,8 @@ def train_clip(
 ) -> CLIPModel:
     """Train a convolutional image tower to name what it sees, then the text tower towards it.
 
-    Loss of the text tower: symmetric contrastive against the fixed image embeddings, plus the naming loss of what the caption says.
+    Loss of the text tower: symmetric contrastive against the fixed image embeddings, plus half the naming loss of what the
+    caption says.
     Source: Zhai et al. 2022, LiT: zero-shot transfer with locked-image text tuning.
     """
     torch.manual_seed(text.seed)
@@ -280,7 +284,7 @@ def fill_album(studio: Studio, eye: Eye, n: int = 48_000, seed: int = 0) -> tupl
 
 
 def train_vision(world: World, clip: CLIPModel, eye_config: StageConfig, config: StageConfig, folder: Path) -> None:
-    """Train the vision transformer towards the embeddings of the convolutional tower, which `train_clip` has left in `folder`."""
+    """Train the vision transformer towards the embeddings of the convolutional tower that `train_clip` has left in `folder`."""
     torch.manual_seed(config.seed)
     studio = Studio(world)
     eye = train_eye(studio, eye_config, folder)

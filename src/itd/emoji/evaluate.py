@@ -122,6 +122,7 @@ def evaluate_world(config: WorldConfig, n_scenes: int = 200, n_designs: int = 24
     seconds = (time.monotonic() - began) / len(images)
     accuracy = noun_accuracy(judge, images, names)
     scenes, scene_images = evaluate_scenes(pipe, judge, world.nouns, n_scenes, TEST_SEED + 5000)
+    records = [config.work / f"{part}.json" for part in TRAINED]
     numbers = {
         "judge": evaluate_judge(world, judge, pipe.vae),
         "sae": load_sae().metrics,
@@ -133,7 +134,7 @@ def evaluate_world(config: WorldConfig, n_scenes: int = 200, n_designs: int = 24
         "seconds_per_image": seconds,
         "steps": STEPS, "guidance_scale": GUIDANCE_SCALE,
         "n_nouns": len(world.nouns), "n_images": len(world.rgba),
-        "training": {part: json.loads((config.work / f"{part}.json").read_text()) for part in TRAINED},
+        "training": {part.stem: json.loads(part.read_text()) for part in records if part.exists()},
         "weakest": sorted(accuracy, key=lambda name: accuracy[name])[:30],
     }  # fmt: skip
     (config.out / "benchmark.json").write_text(json.dumps({"identities": benchmark, "accuracy": accuracy}, indent=1))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -113,12 +113,14 @@ class MiniLM:
 
     @property
     def settings(self) -> list[EraseConfig]:
-        """Ways to select and score that are tried, calibrated loosely, as only ranks count; `eps` is of `evidence` only."""
-        found = []
-        for score, n_features in product(self.scores, self.n_features):
-            for eps in self.eps if score == "evidence" else self.eps[:1]:
-                found.append(EraseConfig(score=score, n_features=n_features, eps=eps, fpr=max(self.rates), seed=self.seed))
-        return found
+        """Ways to select and score that are tried, calibrated loosely, as only ranks count; `eps` is of one selection only."""
+        ways: list[tuple[Literal["fisher", "evidence"], float]] = [("fisher", self.eps[0])]
+        ways += [("evidence", eps) for eps in self.eps]
+        return [
+            EraseConfig(selection=selection, score=score, n_features=n_features, eps=eps, fpr=max(self.rates), seed=self.seed)
+            for score, n_features in product(self.scores, self.n_features)
+            for selection, eps in (ways if score == "evidence" else ways[:1])
+        ]
 
     def load_encoder(self) -> TextPipeline:
         """Return the encoder: MiniLM, or the one of the folder that was named."""
@@ -349,7 +351,8 @@ def known(prompts: Mapping[Deal, PromptSet]) -> PromptSet:
 
 
 def settings_name(config: EraseConfig) -> str:
-    return f"{config.score}, {config.n_features} features, eps {config.eps:g}"
+    spread = f", eps {config.eps:g}" if config.selection == "evidence" else ""
+    return f"{config.selection}, {config.score}, {config.n_features} features{spread}"
 
 
 def tensor(values: Sequence[float]) -> Tensor:
