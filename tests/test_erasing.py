@@ -307,7 +307,7 @@ def test_nan_activations_are_an_error(pipe: Any, sae: SAE, site: HookPoint) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selection": "typo"}, r"selection must be one of \('evidence', 'difference'\), got 'typo'"),
+        ({"selection": "typo"}, r"selection must be one of \('fisher', 'evidence', 'difference'\), got 'typo'"),
         ({"n_features": 0}, "n_features and k_sel must be at least 1, got 0 and 128"),
         ({"k_sel": -1}, "n_features and k_sel must be at least 1, got 64 and -1"),
     ],

@@ -48,7 +48,7 @@ class EraseConfig:
     """What is done to a gated prompt; `scale` is the paper's."""
     strength: float = -3.0
     """What the features' acts are multiplied by: 1 leaves, 0 removes."""
-    fpr: float | None = 0.01
+    fpr: float | None = 0.002
     """False-positive rate on retain and neutral prompts that the threshold is calibrated to."""
     recall: float | None = None
     """Recall to calibrate to instead; with neither, the paper's 0.99 x minimum over the target prompts."""
