@@ -37,7 +37,7 @@ def deal(prompts: PromptSet) -> PromptSet:
 
 
 TARGET, RETAIN = deal(prompts_of("house", "boat")), deal(prompts_of(*OTHERS))
-CONFIG = EraseConfig(selection="evidence", n_features=16, fpr=0.1)
+CONFIG = EraseConfig(selection="evidence", calibration="shared", n_features=16, fpr=0.1)
 
 
 def make(pipe: Any, sae: SAE, site: HookPoint, config: EraseConfig | str = CONFIG, **sets: PromptSet) -> Eraser:

@@ -141,7 +141,7 @@ GATES: tuple[GateMaker, ...] = (
 
 def make_eraser(task: Task, score: Literal["evidence", "contribution", "reconstruction"] = "evidence") -> Eraser:
     """Return the eraser that itd makes for the task, with its default features."""
-    config = EraseConfig(score=score, fpr=task.fpr)
+    config = EraseConfig(score=score, calibration="shared", fpr=task.fpr)
     sets = (task.target, task.retain, task.neutral)
     return task.once(f"eraser {score}", lambda: erase(task.pipe, task.sae, task.site, *sets, config))
 

@@ -15,7 +15,7 @@ from itd import pipelines
 from itd.activations import stream
 from itd.eraser import Edit, EditMode, Eraser, same_encoder
 from itd.features import ConceptFeatures, FeatureStats, PromptCodes, fisher_filter, matched_filter, set_difference
-from itd.gate import Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts
+from itd.gate import Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, threshold_for_fpr
 from itd.hooks import HookPoint
 from itd.prompts import Prompt, PromptSet, check_leaks
 from itd.retained import Retained, check_given_splits, encode_prompts, require_site, split_negative
@@ -23,6 +23,9 @@ from itd.sae import SAE
 
 logger = logging.getLogger(__name__)
 
+CALIBRATIONS = ("apart", "shared")
+HALFWAY = 0.5
+"""The threshold of concepts in units in which retained prompts reach 0 and their own reach 1."""
 SELECTIONS = ("fisher", "evidence", "difference")
 WEAK_RECALL = 0.5
 """Below this share of recognised held-out prompts, a concept is reported as one without features of its own."""
@@ -48,8 +51,12 @@ class EraseConfig:
     """What is done to a gated prompt; `scale` is the paper's."""
     strength: float = -3.0
     """What the features' acts are multiplied by: 1 leaves, 0 removes."""
+    calibration: Literal["apart", "shared"] = "apart"
+    """`apart`: every concept has its own threshold, half-way between what retained prompts reach and what its own prompts do;
+    for the score `evidence` and a false-positive rate. `shared`: one threshold for all concepts, at the rate itself."""
     fpr: float | None = 0.002
-    """False-positive rate on retain and neutral prompts that the threshold is calibrated to."""
+    """False-positive rate on retain and neutral prompts that is calibrated to: of each concept with `apart`, of all together
+    with `shared`."""
     recall: float | None = None
     """Recall to calibrate to instead; with neither, the paper's 0.99 x minimum over the target prompts."""
     anchor: str = "a picture of something"
@@ -60,13 +67,22 @@ class EraseConfig:
     def __post_init__(self) -> None:
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
+        if self.calibration not in CALIBRATIONS:
+            raise ValueError(f"calibration must be one of {CALIBRATIONS}, got {self.calibration!r}")
         if self.n_features < 1 or self.k_sel < 1:
             raise ValueError(f"n_features and k_sel must be at least 1, got {self.n_features} and {self.k_sel}")
+
+    @property
+    def is_apart(self) -> bool:
+        """Tell whether every concept has its own threshold."""
+        return self.calibration == "apart" and self.score == "evidence" and self.recall is None and self.fpr is not None
 
 
 PRESETS: dict[str, EraseConfig] = {
     "default": EraseConfig(),
-    "paper": EraseConfig(selection="difference", score="reconstruction", edit="scale", strength=-8.0, fpr=None),
+    "paper": EraseConfig(
+        selection="difference", score="reconstruction", edit="scale", strength=-8.0, calibration="shared", fpr=None
+    ),
 }
 """`default` is ours; `paper` follows the publication, with its inconsistencies resolved (docs/differences.md)."""
 
@@ -106,13 +122,15 @@ def erase(
         positive, _ = split_sets(target, retain, neutral or PromptSet(), settings.seed)
         kept = Retained.make(pipe, sae, site, retain, neutral, settings.seed)
     fit = {name: encode_prompts(pipe, sae, site, positive.of("fit").about(name)) for name in positive.concepts}
-    concepts = standardise(sae, select(sae, fit, kept, settings), fit, kept, settings)
     held_out = positive.of("calibrate")
+    concepts = standardise(sae, select(sae, fit, kept, settings), fit, kept, settings)
+    if settings.is_apart:
+        concepts = set_apart(sae, concepts, held_out, encode_prompts(pipe, sae, site, held_out), kept, settings)
     scores = [
         concept_scores(pipe, sae, site, concepts, prompts, settings, codes)
         for prompts, codes in ((held_out, None), (kept.calibrate, kept.calibrate_codes))
     ]
-    calibration = calibrate(scores[0].amax(1), scores[1].amax(1), fpr=settings.fpr, recall=settings.recall)
+    calibration = choose_threshold(settings, scores[0].amax(1), scores[1].amax(1))
     gate = Gate(settings.score, (calibration.threshold,) * len(concepts), settings.strength)
     record = make_record(settings, concepts, held_out, scores[0], calibration, target, kept)
     return Eraser(
@@ -142,12 +160,16 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     kept = fitting(retained, pipe, sae, site).without(positive + erased)
     eraser.require_encoder(kept.fingerprint)
     fit = {name: encode_prompts(pipe, sae, site, positive.of("fit").about(name)) for name in positive.concepts}
+    held_out = positive.of("calibrate")
+    codes = encode_prompts(pipe, sae, site, held_out)
     fresh = standardise(sae, select(sae, fit, kept, settings), fit, kept, settings)
-    concepts, held_out = eraser.concepts + fresh, positive.of("calibrate")
-    own = score_prompts(settings.score, sae, concepts, encode_prompts(pipe, sae, site, held_out))
+    if settings.is_apart:
+        fresh = set_apart(sae, fresh, held_out, codes, kept, settings)
+    concepts = eraser.concepts + fresh
+    own = score_prompts(settings.score, sae, concepts, codes)
     negatives = score_prompts(settings.score, sae, concepts, kept.calibrate_codes).amax(1)
     before = [torch.tensor(record["positives"]) for record in eraser.records]
-    chosen = calibrate(torch.cat([*before, own.amax(1)]), negatives, fpr=settings.fpr, recall=settings.recall)
+    chosen = choose_threshold(settings, torch.cat([*before, own.amax(1)]), negatives)
     parts = [describe_threshold(chosen.rule, chosen.threshold, scores, negatives) for scores in [*before, own.amax(1)]]
     records = [record | {"calibration": asdict(part)} for record, part in zip(eraser.records, parts[:-1], strict=True)]
     records.append(make_record(settings, fresh, held_out, own, parts[-1], target, kept))
@@ -155,6 +177,44 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
         eraser, concepts=concepts, gate=replace(eraser.gate, thresholds=(chosen.threshold,) * len(concepts)),
         records=tuple(records), often=eraser.often if eraser.often is not None else kept.stats(settings.k_sel).often(),
     )  # fmt: skip
+
+
+def choose_threshold(settings: EraseConfig, positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Calibration:
+    """Return the threshold of the gate, the same number for all concepts, and what it does on held-out prompts."""
+    if settings.is_apart:
+        return describe_threshold(f"fpr={settings.fpr}, half-way", HALFWAY, positives, negatives)
+    return calibrate(positives, negatives, fpr=settings.fpr, recall=settings.recall)
+
+
+def set_apart(
+    sae: SAE,
+    concepts: tuple[ConceptFeatures, ...],
+    held_out: PromptSet,
+    codes: PromptCodes,
+    kept: Retained,
+    config: EraseConfig,
+) -> tuple[ConceptFeatures, ...]:
+    """Give every concept the unit in which its threshold is half-way, on held-out prompts.
+
+    0 is what a retained prompt reaches with probability at most `fpr`, 1 the lowest score of the concept's own prompts, save
+    one in twenty. A concept that some retained prompt resembles thus has a high threshold and leaves the others' alone. Where
+    the two are not apart, the threshold is what the retained prompts reach.
+    """
+    others = score_prompts("evidence", sae, concepts, kept.calibrate_codes)
+    own = score_prompts("evidence", sae, concepts, codes)
+    names = [prompt.concept for prompt in held_out]
+    moved = []
+    for column, concept in enumerate(concepts):
+        mine = torch.tensor([name == concept.name for name in names])
+        mine = mine if mine.any() else torch.ones_like(mine)  # the paper's selection: one concept of all
+        low = threshold_for_fpr(others[:, column], float(config.fpr or 0))
+        high = float(own[mine, column].quantile(0.05))
+        if high > low:
+            scale, offset = 1 / (high - low), -low / (high - low)
+        else:
+            scale, offset = 1.0, HALFWAY - low
+        moved.append(replace(concept, scale=concept.scale * scale, offset=concept.offset * scale + offset))
+    return tuple(moved)
 
 
 def common_settings(eraser: Eraser) -> EraseConfig:

@@ -60,7 +60,7 @@ def keep_features(codes: SparseCodes, concept: ConceptFeatures) -> SparseCodes:
 def evidence(sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes) -> Float[Tensor, "tokens concepts"]:
     """Return the matched filter's response, `scale_c * sum_j w_cj z_tj + offset_c`: summed inside a token.
 
-    In units of the concept: 0 is what the strongest retained prompts reach, 1 the median of the target prompts.
+    In units of the concept: 0 is what the strongest retained prompts reach, 1 what its own prompts do (see `itd.erasing`).
     """
     bank = filter_bank(tuple(concepts))
     acts = dense_acts(codes, bank.features.to(codes.indices.device))

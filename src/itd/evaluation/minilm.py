@@ -117,7 +117,15 @@ class MiniLM:
         ways: list[tuple[Literal["fisher", "evidence"], float]] = [("fisher", self.eps[0])]
         ways += [("evidence", eps) for eps in self.eps]
         return [
-            EraseConfig(selection=selection, score=score, n_features=n_features, eps=eps, fpr=max(self.rates), seed=self.seed)
+            EraseConfig(
+                selection=selection,
+                score=score,
+                n_features=n_features,
+                eps=eps,
+                calibration="shared",
+                fpr=max(self.rates),
+                seed=self.seed,
+            )
             for score, n_features in product(self.scores, self.n_features)
             for selection, eps in (ways if score == "evidence" else ways[:1])
         ]
