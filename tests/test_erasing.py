@@ -13,6 +13,7 @@ from tiny import FRAMES, NOUNS, prompts_of
 
 from itd import PRESETS, SAE, EraseConfig, Eraser, HookPoint, Prompt, PromptSet, SAEConfig, erase, pipelines
 from itd.erasing import calibration_of, split_sets
+from itd.features import ConceptFeatures
 from itd.gate import threshold_for_fpr, threshold_for_recall
 
 OTHERS = tuple(noun for noun in NOUNS if noun not in ("house", "boat"))
@@ -108,6 +109,43 @@ def test_the_threshold_is_calibrated_on_the_held_out_prompts(
     assert (calibration.n_positives, calibration.n_negatives) == (len(TARGET.of("calibrate")), len(negative))
     assert calibration.recall == pytest.approx(float((scores[0] >= expected).double().mean()), abs=0.01)
     assert calibration.curve
+
+
+def apart(pipe: Any, sae: SAE, site: HookPoint, config: EraseConfig) -> tuple[Eraser, torch.Tensor, torch.Tensor]:
+    """Return an eraser, and the scores per concept of the held-out prompts: of what stays, and of each concept's own."""
+    eraser = make(pipe, sae, site, config)
+    negative = split_sets(TARGET, RETAIN, NEUTRAL, config.seed)[1].of("calibrate")
+
+    def scores(prompts: PromptSet, concept: ConceptFeatures) -> torch.Tensor:
+        found = [content_of(pipe, site, text) for text in prompts.texts]
+        return torch.tensor([naive_evidence(sae, concept, x) for x in found if len(x)])
+
+    own = [scores(TARGET.of("calibrate").about(concept.name), concept) for concept in eraser.concepts]
+    return eraser, torch.stack([scores(negative, concept) for concept in eraser.concepts], 1), torch.stack(own, 1)
+
+
+def test_a_concepts_threshold_is_half_way_between_what_stays_and_its_own(pipe: Any, sae: SAE, site: HookPoint) -> None:
+    eraser, others, own = apart(pipe, sae, site, replace(CONFIG, calibration="apart"))
+    assert eraser.gate.thresholds == (0.5, 0.5)
+    for column in range(2):
+        assert threshold_for_fpr(others[:, column], 0.1) == pytest.approx(0, abs=0.02)
+        assert float(own[:, column].quantile(0.05)) == pytest.approx(1, abs=0.02)
+    assert calibration_of(eraser)[0].rule == "fpr=0.1, half-way"
+
+
+def test_a_concept_that_something_kept_resembles_leaves_the_others_thresholds_alone(
+    pipe: Any, sae: SAE, site: HookPoint
+) -> None:
+    # What is to be kept is the house in capitals, which the tokenizer does not tell from it.
+    frames = [frame for frame in FRAMES if "calibrate" in {p.split for p in RETAIN if p.template == frame}]
+    twin = PromptSet(tuple(Prompt(frame.format("HOUSE"), "home", frame, "calibrate") for frame in frames))
+    config = replace(CONFIG, calibration="apart", fpr=0.02)
+    plain, blurred = make(pipe, sae, site, config), make(pipe, sae, site, config, retain=RETAIN + twin)
+    held_out = TARGET.of("calibrate") + TARGET.of("test")
+    fired = {name: [check.fired for check in blurred.check(pipe, held_out.about(name).texts)] for name in ("house", "boat")}
+    assert all(fired["boat"])
+    assert not all(fired["house"])
+    assert all(check.fired for check in plain.check(pipe, TARGET.of("test").texts))
 
 
 def test_the_test_split_has_no_part_in_the_eraser_and_the_others_have(pipe: Any, sae: SAE, site: HookPoint) -> None:
@@ -308,6 +346,7 @@ def test_nan_activations_are_an_error(pipe: Any, sae: SAE, site: HookPoint) -> N
     ("changes", "message"),
     [
         ({"selection": "typo"}, r"selection must be one of \('fisher', 'evidence', 'difference'\), got 'typo'"),
+        ({"calibration": "typo"}, r"calibration must be one of \('apart', 'shared'\), got 'typo'"),
         ({"n_features": 0}, "n_features and k_sel must be at least 1, got 0 and 128"),
         ({"k_sel": -1}, "n_features and k_sel must be at least 1, got 64 and -1"),
     ],

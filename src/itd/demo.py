@@ -302,19 +302,26 @@ def design_probes(design: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def accuracy(outcome: Outcome) -> dict[str, float]:
-    """Return how often the judge sees what was asked for: erased subjects after, kept ones before and after."""
+    """Return how often the judge sees what was asked for: of erased subjects after, of kept ones before and after.
+
+    `any_erased`: how often it sees any of the erased subjects in pictures of an erased one.
+    """
     subject, cases = outcome.subject, outcome.subject.cases
-    erased = [subject.shows(*outcome.said[i][1]) for i in outcome.rows("target")]
+    targets = outcome.rows("target")
+    anything = share([subject.shows(*outcome.said[i][1]) for i in targets])
+    asked = anything if subject.design else share([outcome.said[i][1][0] == cases[i].noun for i in targets])
 
-    def kept(view: int) -> list[bool]:
+    def kept(view: int) -> float:
         rows = outcome.rows("neighbour", "unrelated") if len(cases) < 100 else outcome.rows("neighbour")
-        return [outcome.said[i][view][0] == cases[i].noun for i in rows]
+        return share([outcome.said[i][view][0] == cases[i].noun for i in rows])
 
-    before, after = share(kept(0)), share(kept(1))
+    before, after = kept(0), kept(1)
     relative = min(after / before, 1.0) if before else 0.0
-    removed = 1 - share(erased)
+    removed = 1 - asked
     mean = 2 * removed * relative / (removed + relative) if removed + relative else 0.0
-    return {"acc_erased": share(erased), "acc_kept": after, "acc_kept_unerased": before, "harmonic_mean": mean}
+    return {
+        "acc_erased": asked, "any_erased": anything, "acc_kept": after, "acc_kept_unerased": before, "harmonic_mean": mean
+    }  # fmt: skip
 
 
 def measure(pipe: Any, outcomes: list[Outcome]) -> dict[str, float]:

@@ -69,14 +69,14 @@ def test_evidence_separates_at_least_as_well_as_the_other_scores(pipe, erasers, 
     areas = {}
     for score, eraser in erasers.items():
         areas[score] = auroc(*(scores_of(eraser, pipe, prompts) for prompts in probes))
-    assert areas["evidence"] > 0.9
+    assert areas["evidence"] > 0.98
     assert areas["evidence"] >= max(areas.values()) - 0.02
 
 
 def test_the_default_gate_fires_on_the_target_and_passes_the_rest(pipe, erasers, probes):
     hits, kept = ([check.fired for check in erasers["evidence"].check(pipe, prompts)] for prompts in probes)
-    assert sum(hits) >= 0.5 * len(hits)
-    assert sum(kept) <= 0.1 * len(kept)
+    assert sum(hits) >= 0.9 * len(hits)
+    assert sum(kept) <= 0.03 * len(kept)
 
 
 def drawn(pipe, names, n=4):
@@ -107,10 +107,10 @@ def test_every_edit_changes_gated_pictures_and_none_that_passes(pipe, erasers, u
     eraser = erasers["evidence"].with_edit(mode, {"scale": -8.0}.get(mode, -3.0))
     with eraser.attach(pipe) as attached:
         erased, names = drawn(pipe, NAMES)
-    assert attached.n_fired >= 0.5 * attached.n_prompts
+    assert attached.n_fired >= 0.9 * attached.n_prompts
     assert not torch.equal(erased, unerased[0])
     if mode != "remove":
-        assert recognised(erased, names, gated) <= 0.5 * recognised(*unerased, gated)
+        assert recognised(erased, names, gated) <= 0.2 * recognised(*unerased, gated)
     passing = [prompt for prompt in ("a pizza", "a bus in the city") if not eraser.check(pipe, prompt)[0].fired]
     before = generate(pipe, passing, range(len(passing)))
     with eraser.attach(pipe):
@@ -124,7 +124,7 @@ def test_subtracting_features_erases_more_than_removing_them(pipe, erasers, uner
         with erasers["evidence"].with_edit(mode, -3.0).attach(pipe):
             seen[mode] = recognised(*drawn(pipe, NAMES), gated)
     assert seen["subtract"] <= seen["remove"]
-    assert seen["subtract"] <= 0.5 * recognised(*unerased, gated)
+    assert seen["subtract"] <= 0.2 * recognised(*unerased, gated)
 
 
 def test_a_scene_loses_the_erased_noun_and_the_gate_names_it(pipe, erasers):

@@ -115,7 +115,7 @@ def train_judge(world: World, config: StageConfig, folder: Path) -> Judge:
         images, index = draw(config.batch_size)
         verdict = judge(images.contiguous(memory_format=torch.channels_last))
         noun_loss = F.cross_entropy(verdict.noun, nouns[index], label_smoothing=0.05)
-        loss = noun_loss + 0.5 * F.cross_entropy(verdict.design, designs[index], label_smoothing=0.05)
+        loss = noun_loss + F.cross_entropy(verdict.design, designs[index], label_smoothing=0.05)
         return loss, {"accuracy": (verdict.noun.argmax(1) == nouns[index]).float().mean().item()}
 
     trained = run_stage("judge", folder, judge, config, loss_of)
