@@ -22,7 +22,7 @@ WORLD = WorldConfig(
     decoder=StageConfig(steps=1000, batch_size=32, lr=1e-3, warmup=50, weight_decay=0.0),
     eye=StageConfig(steps=500, batch_size=128, lr=2e-3, warmup=50, weight_decay=0.02),
     clip=StageConfig(steps=900, batch_size=128, lr=5e-4, weight_decay=0.1, betas=(0.9, 0.98)),
-    vision=StageConfig(steps=300, batch_size=128, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
+    vision=StageConfig(steps=700, batch_size=128, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
     judge=StageConfig(steps=1200, batch_size=128, lr=2e-3, weight_decay=0.02, ema_decay=0.99),
     unet=StageConfig(steps=8200, batch_size=64, lr=7e-4, warmup=200, weight_decay=0.01, ema_decay=0.998),
     pool=PoolConfig(),
