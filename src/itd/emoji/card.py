@@ -51,7 +51,7 @@ The judge on renders:
 |---|---|---|
 {judge_rows}
 
-Training on 2 cores, fp32: {training}.
+Training on 2 cores, fp32: {training}. Some parts were trained in several runs; the recipe says which.
 Nouns that were not recognised or least often: {weakest}.
 
 ## Sources and licences
