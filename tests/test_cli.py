@@ -258,7 +258,7 @@ def test_erase_says_what_it_found(made: Path, tmp_path: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     calibration = Eraser.load(made / "house").records[0]["calibration"]
     numbers = (f"{calibration['threshold']:.4f}", f"{calibration['n_positives']} target")
-    for word in ("house", "32", "rule", "fpr=0.01", "AUROC", *numbers):
+    for word in ("house", "64", "rule", "fpr=0.002", "AUROC", *numbers):
         assert word in out
 
 
@@ -332,7 +332,7 @@ def test_a_recall_replaces_the_false_positive_rate(made: Path) -> None:
     file = ("--config", str(made / "house" / "command.json"))
     settings = parsed("erase", *file, "--recall", "0.9").settings
     assert (settings.recall, settings.fpr) == (0.9, None)
-    assert parsed("erase", *file).settings.fpr == 0.01
+    assert parsed("erase", *file).settings.fpr == 0.002
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_a_stopped_generation_keeps_what_it_drew(
 def test_info_describes_what_it_is_shown(made: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected = {
         "acts": ("activations", str(SITE), "itd record --config"), "run": ("itd train", "n_latents"),
-        "run/sae": ("sae", "fvu", str(SITE)), "house": ("eraser", "house (32 features)", "fpr=0.01"),
+        "run/sae": ("sae", "fvu", str(SITE)), "house": ("eraser", "house (64 features)", "fpr=0.002"),
     }  # fmt: skip
     for folder, words in expected.items():
         assert main(["info", str(made / folder)]) == 0

@@ -168,7 +168,7 @@ class EarlyExit:
 
     def sum_by_concept(self, values: Float[Tensor, "features n"], weights: Float[Tensor, " features"]) -> Tensor:
         """Return `sum_{j in c} weights_j values_jt` as (n, concepts)."""
-        if len(weights) == 0:
+        if values.numel() == 0:
             return torch.zeros(values.shape[1], len(self.starts), dtype=values.dtype, device=values.device)
         rows = torch.arange(len(weights), device=values.device)
         return F.embedding_bag(rows, values, self.starts, mode="sum", per_sample_weights=weights).T

@@ -165,7 +165,7 @@ def test_the_protocol_trains_chooses_tests_and_goes_on(
     content = json.loads((tmp_path / "report.json").read_text())
     trials = content["record"]["chosen"]["celebrities"]["trials"]
     # Both autoencoders with the first settings, then the other settings with the better one.
-    assert len(trials) == 3
+    assert len(trials) == 4
     best = max(trial["recall_at_bars"] for trial in trials)
     picked = content["record"]["chosen"]["celebrities"]["candidate"]
     assert best in {trial["recall_at_bars"] for trial in trials if trial["candidate"] == picked}
