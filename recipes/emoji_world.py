@@ -5,8 +5,8 @@ Needs:     npm for the sources, pip install 'itd[emoji]'
 Expected:  see models/emoji/README.md, which the recipe writes: accuracies, hardware and time
 
 The shipped weights took the same steps in several runs: the U-Net's first 4,200 were taken with an earlier text tower and
-weighed errors instead of drawing timesteps, the judge's first 600 gave the design half the weight, the text tower's schedule was
-shortened at step 500, and the vision tower's prolonged at step 300.
+weighed errors instead of drawing timesteps, the judge's first 600 gave the design half the weight, the text tower's schedule
+was shortened at step 500, and the vision tower's prolonged at step 300.
 """
 
 from __future__ import annotations
