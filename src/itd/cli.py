@@ -408,7 +408,7 @@ class Evaluate(OnModel):
                 flag = {"n_seeds": "n"}.get(name, name)
                 if protocol != self.protocol and value != Evaluate.__dataclass_fields__[flag].default:
                     raise ValueError(f"--{flag.replace('_', '-')} belongs to `itd evaluate {protocol}`, not to {self.protocol}")
-        chosen = {name: value for name, value in own.get(self.protocol, {}).items() if value is not None}
+        chosen: dict[str, Any] = {name: value for name, value in own.get(self.protocol, {}).items() if value is not None}
         if self.protocol not in ("minilm", "full-scale"):
             chosen["erase"] = PRESETS[self.preset]
         return chosen | {"seed": self.seed}

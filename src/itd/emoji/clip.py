@@ -220,8 +220,11 @@ def caption_shots(studio: Studio, shots: Shots, source: CaptionSource, rng: rand
         design[row] = design[row] if named else -1
         background[row] = shade if shown else -1
         style, ground = DESIGNS[int(design[row])] if named else None, names[int(shade)] if shown else None
-        nouns = [int(studio.nouns[index]) for index in (left, right) if index >= 0]
-        texts.append(source.pair(*nouns, style, ground, rng) if len(nouns) == 2 else source.single(*nouns, style, ground, rng))
+        noun = int(studio.nouns[left])
+        if right >= 0:
+            texts.append(source.pair(noun, int(studio.nouns[right]), style, ground, rng))
+        else:
+            texts.append(source.single(noun, style, ground, rng))
     return texts, Labels(labels.nouns, design, background)
 
 

@@ -79,7 +79,8 @@ def train_decoder(world: World, vae: Any, config: StageConfig, folder: Path, noi
     renders, scale = Renders(world), noise / vae.config.scaling_factor
     for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         parameter.requires_grad_(False)
-    decoder = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv}).to(memory_format=torch.channels_last)
+    decoder: Any = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv})
+    decoder = decoder.to(memory_format=torch.channels_last)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         x = renders.draw(config.batch_size)

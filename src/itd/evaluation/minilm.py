@@ -115,7 +115,7 @@ class MiniLM:
     def settings(self) -> list[EraseConfig]:
         """Ways to select and score that are tried, calibrated loosely, as only ranks count; `eps` is of one selection only."""
         ways: list[tuple[Literal["fisher", "evidence"], float]] = [("fisher", self.eps[0])]
-        ways += [("evidence", eps) for eps in self.eps]
+        ways.extend(("evidence", eps) for eps in self.eps)
         return [
             EraseConfig(
                 selection=selection,
