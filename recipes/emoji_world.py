@@ -28,6 +28,7 @@ WORLD = WorldConfig(
     clip=StageConfig(steps=900, batch_size=128, lr=5e-4, weight_decay=0.1, betas=(0.9, 0.98)),
     vision=StageConfig(steps=700, batch_size=128, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
     judge=StageConfig(steps=1200, batch_size=128, lr=2e-3, weight_decay=0.02, ema_decay=0.99),
+    latent_eye=StageConfig(steps=1500, batch_size=256, lr=1e-3, weight_decay=0.05),
     unet=StageConfig(steps=8200, batch_size=64, lr=7e-4, warmup=200, weight_decay=0.01, ema_decay=0.998),
     pool=PoolConfig(),
     sae=SAEConfig(d_model=256, n_latents=10_240, k=32),

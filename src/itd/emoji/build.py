@@ -24,7 +24,7 @@ from itd.emoji.clip import clip_processor, tokenizer_texts, train_clip, train_to
 from itd.emoji.data import DESIGNS, NAMES_SOURCE, SOURCES, WORDS_SOURCE, World, render_world
 from itd.emoji.judge import Judge, train_judge
 from itd.emoji.stages import StageConfig
-from itd.emoji.unet import PoolConfig, build_pool, build_scheduler, train_unet
+from itd.emoji.unet import PoolConfig, build_pool, build_scheduler, train_latent_eye, train_unet
 from itd.emoji.vae import train_decoder, train_vae
 from itd.sae import SAEConfig
 from itd.training import TrainConfig, train
@@ -46,6 +46,7 @@ class WorldConfig:
     clip: StageConfig
     vision: StageConfig
     judge: StageConfig
+    latent_eye: StageConfig
     unet: StageConfig
     pool: PoolConfig
     sae: SAEConfig
@@ -163,7 +164,8 @@ def build_unet_stage(
 ) -> UNet2DConditionModel:
     if not (config.work / "unet").exists():
         pool = build_pool(world, words, vae, text_tower(clip), tokenizer, config.pool, config.work)
-        train_unet(pool, config.unet, config.work)
+        eye = train_latent_eye(pool, len(world.nouns), config.latent_eye, config.work)
+        train_unet(pool, eye, config.unet, config.work)
     return UNet2DConditionModel.from_pretrained(config.work / "unet", local_files_only=True).eval()
 
 
@@ -231,6 +233,6 @@ def quick(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
 
     return replace(
         config, vae=few(config.vae), decoder=few(config.decoder), eye=few(config.eye), clip=few(config.clip),
-        vision=few(config.vision), judge=few(config.judge), unet=few(config.unet),
+        vision=few(config.vision), judge=few(config.judge), latent_eye=few(config.latent_eye), unet=few(config.unet),
         pool=PoolConfig(64, 16), sae_training=replace(config.sae_training, n_tokens=2048), work=work, out=out,
     )  # fmt: skip

@@ -6,12 +6,14 @@ import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -19,6 +21,7 @@ from itd.emoji.captions import CaptionSource
 from itd.emoji.clip import MAX_TOKENS
 from itd.emoji.data import BACKGROUNDS, DESIGNS, World
 from itd.emoji.images import background_colors, paste, premultiply, side_by_side
+from itd.emoji.judge import conv
 from itd.emoji.stages import StageConfig, run_stage
 from itd.emoji.vae import encode_images
 
@@ -29,8 +32,8 @@ logger = logging.getLogger(__name__)
 class PoolConfig:
     """What the U-Net is trained on: captioned images, their image latents and text states computed once."""
 
-    n_singles: int = 64_000
-    n_scenes: int = 28_000
+    n_singles: int = 42_000
+    n_scenes: int = 58_000
     seed: int = 0
 
 
@@ -54,21 +57,80 @@ def build_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
+UNSAID = -1
+"""Label of what a caption leaves open."""
+
+
+class Examples(NamedTuple):
+    """A batch of captioned images."""
+
+    image_latents: Float[Tensor, "n 16 8 8"]
+    states: Float[Tensor, "n tokens 256"]
+    labels: Int[Tensor, "n 4"]
+    """What the caption says: the noun on the left, on the right (the same one in a single), design, background; or UNSAID."""
+
+
 class Pool:
-    """Captioned training images: image latents (n, 16, 8, 8) and text states (m, tokens, 256), both fp16.
+    """Captioned training images: image latents (n, 16, 8, 8) and text states (m, tokens, 256), both fp16, labels (m, 4).
 
     Single nouns share one image latent per (image, background); `image` maps a caption to its image latent.
     """
 
-    def __init__(self, image_latents: np.ndarray, image: np.ndarray, states: np.ndarray, empty: Tensor) -> None:
-        self.image_latents, self.image, self.states, self.empty = image_latents, image, states, empty
+    def __init__(
+        self, image_latents: np.ndarray, image: np.ndarray, states: np.ndarray, labels: np.ndarray, empty: Tensor
+    ) -> None:
+        self.image_latents, self.image, self.states, self.labels = image_latents, image, states, labels
+        self.empty = empty
 
-    def draw(self, n: int, drop: float = 0.1) -> tuple[Tensor, Tensor]:
-        """Draw image latents and text states; a share `drop` of the prompts is empty (for guidance)."""
+    def draw(self, n: int, drop: float = 0.1) -> Examples:
+        """Draw images and what is said of them; a share `drop` of the prompts is empty (for guidance)."""
         index = torch.randint(len(self.image), (n,)).numpy()
-        states = torch.from_numpy(self.states[index]).float()
-        states[torch.rand(n) < drop] = self.empty
-        return torch.from_numpy(self.image_latents[self.image[index]]).float(), states
+        states, labels = torch.from_numpy(self.states[index]).float(), torch.from_numpy(self.labels[index]).long()
+        dropped = torch.rand(n) < drop
+        states[dropped], labels[dropped] = self.empty, UNSAID
+        return Examples(self.latents_of(index), states, labels)
+
+    def latents_of(self, index: np.ndarray) -> Float[Tensor, "n 16 8 8"]:
+        return torch.from_numpy(self.image_latents[self.image[index]]).float()
+
+
+class LatentEye(nn.Module):
+    """Names what image latents show: the nouns on the left and on the right, design and background, as logits.
+
+    The U-Net is trained to draw what it recognises. It is no part of the pipeline and judges nothing.
+    """
+
+    def __init__(self, n_nouns: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            conv(16, 128, 1), conv(128, 192, 1), conv(192, 256, 2), nn.Flatten(), nn.Linear(4096, 384), nn.GELU()
+        )  # fmt: skip
+        self.heads = nn.ModuleList(nn.Linear(384, n) for n in (n_nouns, n_nouns, len(DESIGNS), len(BACKGROUNDS)))
+
+    def naming_loss(self, image_latents: Float[Tensor, "n 16 8 8"], labels: Int[Tensor, "n 4"]) -> Float[Tensor, ""]:
+        """Return the cross-entropy to the four labels, in sum; those unsaid count nothing."""
+        seen = self.body(image_latents)
+        losses = [
+            F.cross_entropy(head(seen), label, ignore_index=UNSAID, reduction="sum")
+            for head, label in zip(self.heads, labels.T, strict=True)
+        ]
+        return torch.stack(losses).sum() / len(labels)
+
+
+def train_latent_eye(pool: Pool, n_nouns: int, config: StageConfig, folder: Path) -> LatentEye:
+    """Train on the pool's images with noise of up to half their standard deviation: it is to see what blurred latents show."""
+    torch.manual_seed(config.seed)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        examples = pool.draw(config.batch_size, drop=0)
+        x = examples.image_latents
+        x = x + 0.5 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+        return eye.naming_loss(x, examples.labels), {}
+
+    eye = LatentEye(n_nouns)
+    trained = run_stage("latent_eye", folder, eye, config, loss_of)
+    assert isinstance(trained, LatentEye)
+    return trained.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -90,27 +152,28 @@ def build_pool(
     folder: Path,
 ) -> Pool:
     """Caption and encode the training images, or read them back when `folder` has them."""
-    files = {name: folder / f"pool_{name}.npy" for name in ("latents", "image", "states")}
+    files = {name: folder / f"pool_{name}.npy" for name in ("latents", "image", "labels", "states")}
     empty = np.zeros((1, MAX_TOKENS, 256), np.float16)
     text_states(encoder, tokenizer, [""], empty)
     if not all(file.exists() for file in files.values()):
-        pictures, owner, texts = caption_images(world, words, vae, config)
+        pictures, owner, labels, texts = caption_images(world, words, vae, config)
         filled = np.lib.format.open_memmap(folder / "pool_states.tmp.npy", "w+", np.float16, (len(texts), MAX_TOKENS, 256))
         text_states(encoder, tokenizer, texts, filled)
         filled.flush()
         np.save(files["latents"], pictures)
         np.save(files["image"], owner)
+        np.save(files["labels"], labels)
         (folder / "pool_states.tmp.npy").rename(files["states"])
     image_latents, image = np.load(files["latents"]), np.load(files["image"])
     states = np.load(files["states"], mmap_mode="r")
-    return Pool(image_latents, image, states, torch.from_numpy(empty[0]).float())
+    return Pool(image_latents, image, states, np.load(files["labels"]), torch.from_numpy(empty[0]).float())
 
 
 @torch.no_grad()
 def caption_images(
     world: World, words: list[str], vae: AutoencoderKL, config: PoolConfig
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return image latents, the image of every caption, and the captions: singles first, then scenes.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Return image latents, the image of every caption, what it says of it, and the captions: singles first, then scenes.
 
     Identities and unsafe objects, on which erasing is measured, occur twice as often as other nouns.
     """
@@ -118,32 +181,38 @@ def caption_images(
     stickers, colors, names = premultiply(world.rgba), background_colors(), list(BACKGROUNDS)
     n = len(stickers)
     latents = [encode_images(vae, paste(stickers, color.expand(n, 3))).half().numpy() for color in colors]
-    image, texts = [], []
+    image, labels, texts = list[int](), list[tuple[int, int, int, int]](), list[str]()
     of_identities = [i for i in range(n) if world.nouns[world.noun[i]].role != "general"]
     order = [*range(n), *of_identities]
     for row in range(config.n_singles):
         index, shade = order[row % len(order)], rng.randrange(len(colors)) if rng.random() < 0.6 else 0
-        design = DESIGNS[world.design[index]] if rng.random() < 0.75 else None
+        design, noun = int(world.design[index]) if rng.random() < 0.85 else UNSAID, int(world.noun[index])
         image.append(shade * n + index)
-        texts.append(source.single(int(world.noun[index]), design, shown(names, shade, rng), rng))
+        labels.append((noun, noun, design, shade))
+        texts.append(source.single(noun, named_design(design), shown(names, shade, rng), rng))
     by_design = [np.flatnonzero(world.design == design) for design in range(len(DESIGNS))]
     scenes, shades = [], []
     for row in range(config.n_scenes):
         shade = rng.randrange(len(colors)) if rng.random() < 0.5 else 0
         members = by_design[rng.randrange(len(DESIGNS))]
         left, right = int(rng.choice(members)), int(rng.choice(members))
-        design = DESIGNS[world.design[left]] if rng.random() < 0.75 else None
+        design = int(world.design[left]) if rng.random() < 0.6 else UNSAID
         scenes.append((left, right))
         shades.append(shade)
         image.append(len(colors) * n + row)
         nouns = int(world.noun[left]), int(world.noun[right])
-        texts.append(source.pair(*nouns, design, shown(names, shade, rng), rng))
+        labels.append((*nouns, design, shade))
+        texts.append(source.pair(*nouns, named_design(design), shown(names, shade, rng), rng))
     for start in tqdm(range(0, len(scenes), 2048), desc="encode scenes", mininterval=5):
         left, right = torch.tensor(scenes[start : start + 2048]).T
         background = colors[torch.tensor(shades[start : start + 2048])]
         pictures = paste(side_by_side(stickers[left], stickers[right]), background)
         latents.append(encode_images(vae, pictures, 256).half().numpy())
-    return np.concatenate(latents), np.array(image), texts
+    return np.concatenate(latents), np.array(image), np.array(labels, np.int16), texts
+
+
+def named_design(design: int) -> str | None:
+    return None if design == UNSAID else DESIGNS[design]
 
 
 def shown(names: list[str], shade: int, rng: random.Random) -> str | None:
@@ -151,25 +220,31 @@ def shown(names: list[str], shade: int, rng: random.Random) -> str | None:
     return names[shade] if shade or rng.random() < 0.2 else None
 
 
-def train_unet(pool: Pool, config: StageConfig, folder: Path) -> Any:
+def train_unet(pool: Pool, eye: LatentEye, config: StageConfig, folder: Path, naming_weight: float = 0.02) -> Any:
     """Train with v-prediction; steps with little noise, which settle only detail, are drawn less often.
 
-    Loss: ||v_hat - v||^2 at timesteps drawn in proportion to min(1, 5 / (snr + 1)): on the image, a weight of min(snr + 1, 5).
-    Source: Hang et al. 2023, Efficient diffusion training via min-SNR weighting, with full weight kept at pure noise; drawing
-    the timesteps instead of weighing the errors has the same mean and less noise.
+    Loss: ||v_hat - v||^2, plus `naming_weight` times the cross-entropy of what the caption says, seen in the image that v_hat
+    implies: two designs of one noun, or two nouns in a scene, differ by little squared error. A timestep's probability is
+    proportional to min(1, 5 / (snr + 1)) (0.3 + (1 - alpha)^4): most where the text decides and the noisy image does not.
+    Sources: Hang et al. 2023, Efficient diffusion training via min-SNR weighting, drawn instead of weighed; Berrada et al.
+    2024, Boosting latent diffusion with perceptual objectives, here with a classifier instead of the decoder's features.
     """
     torch.manual_seed(config.seed)
     unet: Any = build_unet()
     scheduler: Any = build_scheduler()
     alphas: Tensor = scheduler.alphas_cumprod
-    weights = (5 * (1 - alphas)).clamp(max=1)  # 1 / (snr + 1) = 1 - alpha
+    weights = (5 * (1 - alphas)).clamp(max=1) * (0.3 + (1 - alphas) ** 4)  # 1 / (snr + 1) = 1 - alpha
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        image_latents, states = pool.draw(config.batch_size)
+        image_latents, states, labels = pool.draw(config.batch_size)
         noise, timesteps = torch.randn_like(image_latents), torch.multinomial(weights, len(image_latents), replacement=True)
         noisy = scheduler.add_noise(image_latents, noise, timesteps)
         velocity = scheduler.get_velocity(image_latents, noise, timesteps)
-        return (unet(noisy, timesteps, states).sample - velocity).square().mean(), {}
+        predicted = unet(noisy, timesteps, states).sample
+        error = (predicted - velocity).square().mean()
+        alpha = alphas[timesteps, None, None, None]
+        naming = eye.naming_loss(alpha.sqrt() * noisy - (1 - alpha).sqrt() * predicted, labels)
+        return error + naming_weight * naming, {"error": error.item(), "naming": naming.item()}
 
     trained: Any = run_stage("unet", folder, unet, config, loss_of)
     trained.save_pretrained(folder / "unet")
