@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -78,9 +77,9 @@ class Retained:
         Raises:
             ValueError: nothing is left to fit or to calibrate on.
         """
-        parts: dict[str, Any] = {}
+        parts, about = dict[str, Any](), Mentions(prompts)
         for name in ("fit", "calibrate"):
-            kept = [not mentions(prompt, prompts) for prompt in getattr(self, name)]
+            kept = [not about(prompt) for prompt in getattr(self, name)]
             if not any(kept):
                 raise ValueError(
                     f"of what must stay nothing is left to {name} without {', '.join(prompts.concepts)}; give more"
@@ -174,22 +173,18 @@ def check_given_splits(prompts: PromptSet) -> None:
         check_leaks(prompts.of(fit), prompts.of(held_out), concepts=False)
 
 
-def mentions(prompt: Prompt, others: PromptSet) -> bool:
-    """Tell whether a prompt is about a concept of the others, names it, or has a text of theirs."""
-    about, texts = names_in(others)
-    known = prompt.concept is not None and prompt.concept.lower() in about
-    return known or prompt.text in texts or (bool(about) and bool(words_of(tuple(sorted(about))).search(prompt.text)))
+class Mentions:
+    """Tells whether a prompt is about a concept of some prompts, names one, or has a text of theirs."""
 
+    def __init__(self, prompts: PromptSet) -> None:
+        self.about = frozenset(concept.lower() for concept in prompts.concepts)
+        self.texts = frozenset(prompts.texts)
+        names = "|".join(map(re.escape, sorted(self.about)))
+        self.pattern = re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE) if self.about else None
 
-@lru_cache(maxsize=8)
-def names_in(prompts: PromptSet) -> tuple[frozenset[str], frozenset[str]]:
-    return frozenset(concept.lower() for concept in prompts.concepts), frozenset(prompts.texts)
-
-
-@lru_cache(maxsize=8)
-def words_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that finds any of the names as whole words."""
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)", re.IGNORECASE)
+    def __call__(self, prompt: Prompt) -> bool:
+        known = prompt.concept is not None and prompt.concept.lower() in self.about
+        return known or prompt.text in self.texts or (self.pattern is not None and bool(self.pattern.search(prompt.text)))
 
 
 def encode_prompts(pipe: Any, sae: SAE, site: HookPoint, prompts: PromptSet) -> PromptCodes:

@@ -220,7 +220,7 @@ def shown(names: list[str], shade: int, rng: random.Random) -> str | None:
     return names[shade] if shade or rng.random() < 0.2 else None
 
 
-def train_unet(pool: Pool, eye: LatentEye, config: StageConfig, folder: Path, naming_weight: float = 0.02) -> Any:
+def train_unet(pool: Pool, eye: LatentEye, config: StageConfig, folder: Path, naming_weight: float = 0.04) -> Any:
     """Train with v-prediction; steps with little noise, which settle only detail, are drawn less often.
 
     Loss: ||v_hat - v||^2, plus `naming_weight` times the cross-entropy of what the caption says, seen in the image that v_hat
