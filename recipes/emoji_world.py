@@ -5,8 +5,9 @@ Needs:     npm for the sources, pip install 'itd[emoji]'
 Expected:  see models/emoji/README.md, which the recipe writes: accuracies, hardware and time
 
 The shipped weights took the same steps in several runs: the U-Net's first 4,200 were taken with an earlier text tower and
-weighed errors instead of drawing timesteps, the judge's first 600 gave the design half the weight, the text tower's schedule
-was shortened at step 500, and the vision tower's prolonged at step 300.
+weighed errors instead of drawing timesteps, its next 4,000 with fewer scenes and the squared error only; the judge's first 600
+gave the design half the weight, the text tower's schedule was shortened at step 500, and the vision tower's was prolonged at
+step 300.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WORLD = WorldConfig(
     vision=StageConfig(steps=700, batch_size=128, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
     judge=StageConfig(steps=1200, batch_size=128, lr=2e-3, weight_decay=0.02, ema_decay=0.99),
     latent_eye=StageConfig(steps=1500, batch_size=256, lr=1e-3, weight_decay=0.05),
-    unet=StageConfig(steps=8200, batch_size=64, lr=7e-4, warmup=200, weight_decay=0.01, ema_decay=0.998),
+    unet=StageConfig(steps=12_200, batch_size=64, lr=7e-4, warmup=200, weight_decay=0.01, ema_decay=0.998),
     pool=PoolConfig(),
     sae=SAEConfig(d_model=256, n_latents=10_240, k=32),
     sae_training=TrainConfig(n_tokens=500_000),

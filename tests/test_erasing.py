@@ -126,11 +126,11 @@ def apart(pipe: Any, sae: SAE, site: HookPoint, config: EraseConfig) -> tuple[Er
 
 def test_a_concepts_threshold_is_half_way_between_what_stays_and_its_own(pipe: Any, sae: SAE, site: HookPoint) -> None:
     eraser, others, own = apart(pipe, sae, site, replace(CONFIG, calibration="apart"))
-    assert eraser.gate.thresholds == (0.5, 0.5)
+    assert eraser.gate.thresholds == (0.45, 0.45)
     for column in range(2):
         assert threshold_for_fpr(others[:, column], 0.1) == pytest.approx(0, abs=0.02)
         assert float(own[:, column].quantile(0.05)) == pytest.approx(1, abs=0.02)
-    assert calibration_of(eraser)[0].rule == "fpr=0.1, half-way"
+    assert calibration_of(eraser)[0].rule == "fpr=0.1, 45% of the way"
 
 
 def test_a_concept_that_something_kept_resembles_leaves_the_others_thresholds_alone(

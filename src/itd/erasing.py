@@ -24,7 +24,7 @@ from itd.sae import SAE
 logger = logging.getLogger(__name__)
 
 CALIBRATIONS = ("apart", "shared")
-HALFWAY = 0.5
+PART_WAY = 0.45
 """The threshold of concepts in units in which retained prompts reach 0 and their own reach 1."""
 SELECTIONS = ("fisher", "evidence", "difference")
 WEAK_RECALL = 0.5
@@ -52,7 +52,7 @@ class EraseConfig:
     strength: float = -3.0
     """What the features' acts are multiplied by: 1 leaves, 0 removes."""
     calibration: Literal["apart", "shared"] = "apart"
-    """`apart`: every concept has its own threshold, half-way between what retained prompts reach and what its own prompts do;
+    """`apart`: every concept has its own threshold, nearly half-way from what retained prompts reach to what its own prompts do;
     for the score `evidence` and a false-positive rate. `shared`: one threshold for all concepts, at the rate itself."""
     fpr: float | None = 0.002
     """False-positive rate on retain and neutral prompts that is calibrated to: of each concept with `apart`, of all together
@@ -182,7 +182,7 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
 def choose_threshold(settings: EraseConfig, positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Calibration:
     """Return the threshold of the gate, the same number for all concepts, and what it does on held-out prompts."""
     if settings.is_apart:
-        return describe_threshold(f"fpr={settings.fpr}, half-way", HALFWAY, positives, negatives)
+        return describe_threshold(f"fpr={settings.fpr}, {PART_WAY:.0%} of the way", PART_WAY, positives, negatives)
     return calibrate(positives, negatives, fpr=settings.fpr, recall=settings.recall)
 
 
@@ -194,7 +194,7 @@ def set_apart(
     kept: Retained,
     config: EraseConfig,
 ) -> tuple[ConceptFeatures, ...]:
-    """Give every concept the unit in which its threshold is half-way, on held-out prompts.
+    """Give every concept the unit in which its threshold is `PART_WAY` from 0 to 1, on held-out prompts.
 
     0 is what a retained prompt reaches with probability at most `fpr`, 1 the lowest score of the concept's own prompts, save
     one in twenty. A concept that some retained prompt resembles thus has a high threshold and leaves the others' alone. Where
@@ -212,7 +212,7 @@ def set_apart(
         if high > low:
             scale, offset = 1 / (high - low), -low / (high - low)
         else:
-            scale, offset = 1.0, HALFWAY - low
+            scale, offset = 1.0, PART_WAY - low
         moved.append(replace(concept, scale=concept.scale * scale, offset=concept.offset * scale + offset))
     return tuple(moved)
 
