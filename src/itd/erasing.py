@@ -52,7 +52,7 @@ class EraseConfig:
     strength: float = -3.0
     """What the features' acts are multiplied by: 1 leaves, 0 removes."""
     calibration: Literal["apart", "shared"] = "apart"
-    """`apart`: every concept has its own threshold, nearly half-way from what retained prompts reach to what its own prompts do;
+    """`apart`: every concept has its own threshold, nearly half-way from what retained prompts reach to its own prompts;
     for the score `evidence` and a false-positive rate. `shared`: one threshold for all concepts, at the rate itself."""
     fpr: float | None = 0.002
     """False-positive rate on retain and neutral prompts that is calibrated to: of each concept with `apart`, of all together
