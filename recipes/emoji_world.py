@@ -5,7 +5,9 @@ Needs:     npm for the sources, pip install 'itd[emoji]'
 Expected:  see models/emoji/README.md, which the recipe writes: accuracies, hardware and time
 
 The shipped weights took the same steps in several runs: the U-Net's first 4,200 were taken with an earlier text tower and
-weighed errors instead of drawing timesteps, its next 4,000 with fewer scenes and the squared error only; the judge's first 600
+weighed errors instead of drawing timesteps, its next 4,000 with fewer scenes and the squared error only, and its last 4,000
+began anew from half-precision weights at a rate of 5e-4, the first 1,600 of them with half the naming weight, with a schedule
+for 4,800 steps that was shortened at step 1,800; the judge's first 600
 gave the design half the weight, the text tower's schedule was shortened at step 500, and the vision tower's was prolonged at
 step 300.
 """

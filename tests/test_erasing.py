@@ -124,7 +124,7 @@ def apart(pipe: Any, sae: SAE, site: HookPoint, config: EraseConfig) -> tuple[Er
     return eraser, torch.stack([scores(negative, concept) for concept in eraser.concepts], 1), torch.stack(own, 1)
 
 
-def test_a_concepts_threshold_is_half_way_between_what_stays_and_its_own(pipe: Any, sae: SAE, site: HookPoint) -> None:
+def test_a_concepts_threshold_is_part_of_the_way_from_what_stays_to_its_own(pipe: Any, sae: SAE, site: HookPoint) -> None:
     eraser, others, own = apart(pipe, sae, site, replace(CONFIG, calibration="apart"))
     assert eraser.gate.thresholds == (0.45, 0.45)
     for column in range(2):
