@@ -13,11 +13,11 @@ from itd.hooks import before_forward
 from itd.pipelines import (
     activations,
     begin_token,
+    content_end,
     content_mask,
     edit_mask,
     encoder_of,
     fingerprint,
-    first_end,
     image_model,
     is_causal,
     tokenize,
@@ -96,11 +96,35 @@ def test_all_positions_but_the_begin_token_may_be_edited(pipe: Any) -> None:
 
 
 def test_a_tokenizer_without_a_begin_token_writes_content_from_the_first_position() -> None:
-    tokenizer = SimpleNamespace(eos_token_id=1, bos_token_id=None)
+    tokenizer = SimpleNamespace(eos_token_id=1, bos_token_id=None, pad_token_id=0)
     ids = torch.tensor([[7, 8, 1, 0, 0], [5, 6, 7, 8, 9]])
     assert content_mask(ids, tokenizer).tolist() == [[True, True, False, False, False], [True] * 5]
     assert edit_mask(ids, tokenizer).all()
-    assert first_end(ids, tokenizer).tolist() == [2, 5]
+    assert content_end(ids, tokenizer).tolist() == [2, 5]
+
+
+def test_content_goes_on_after_an_end_token_that_the_prompt_wrote(pipe: Any) -> None:
+    """The image model attends to every position: what stands behind a typed end token is drawn, and must be gated."""
+    ids = tokenize(pipe, "text_encoder", ["a photo <|endoftext|> of a cat", "a cat<|endoftext|>"]).input_ids
+    kept = [row[mask].tolist() for row, mask in zip(ids, content_mask(ids, pipe.tokenizer), strict=True)]
+    assert pipe.tokenizer.convert_ids_to_tokens(kept[0]) == [
+        "a</w>",
+        "photo</w>",
+        "<|endoftext|>",
+        "of</w>",
+        "a</w>",
+        "cat</w>",
+    ]
+    assert pipe.tokenizer.convert_ids_to_tokens(kept[1]) == ["a</w>", "cat</w>"]
+
+
+@pytest.mark.parametrize("pad", [None, 0, 1])
+def test_content_ends_where_end_tokens_and_padding_begin(pad: int | None) -> None:
+    tokenizer = SimpleNamespace(eos_token_id=1, bos_token_id=2, pad_token_id=pad)
+    padding = 1 if pad is None else pad
+    ids = torch.tensor([[2, 7, 1, padding, padding], [2, 1, 7, 1, padding], [2, 7, 8, 9, 1], [2, 1, padding, padding, padding]])
+    assert content_end(ids, tokenizer).tolist() == [2, 3, 4, 1]
+    assert content_mask(ids, tokenizer).sum(1).tolist() == [1, 2, 3, 0]
 
 
 def test_a_begin_token_that_equals_the_end_token_is_none() -> None:

@@ -62,5 +62,5 @@ def last_states(pipe: Any, names: Sequence[str]) -> Float[Tensor, "n d"]:
     """Return the text state of the last token of each name."""
     tokenizer = pipelines.tokenizer_of(pipe, ENCODER)
     ids = pipelines.tokenize(pipe, ENCODER, names).input_ids
-    last = pipelines.first_end(ids, tokenizer) - 1
+    last = pipelines.content_end(ids, tokenizer) - 1
     return encode_texts(pipe, names).states[torch.arange(len(ids)), last]

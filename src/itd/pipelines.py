@@ -106,17 +106,24 @@ def convert_prompt(pipe: Any, prompt: str, tokenizer: Any) -> str:
     return convert(prompt, tokenizer) if convert else prompt
 
 
-def first_end(input_ids: Int[Tensor, "batch tokens"], tokenizer: Any) -> Int[Tensor, " batch"]:
-    """Return the position of the first end token of each row, or the row's length where there is none."""
-    is_end = input_ids == tokenizer.eos_token_id
-    position = is_end.int().argmax(-1)
-    return torch.where(is_end.any(-1), position, input_ids.shape[-1])
+def content_end(input_ids: Int[Tensor, "batch tokens"], tokenizer: Any) -> Int[Tensor, " batch"]:
+    """Return the position after the last token of each row that is neither an end token nor padding."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    closing = input_ids == tokenizer.eos_token_id
+    if pad is not None:
+        closing |= input_ids == pad
+    positions = torch.arange(1, input_ids.shape[-1] + 1, device=input_ids.device)
+    return torch.where(closing, 0, positions).amax(-1)
 
 
 def content_mask(input_ids: Int[Tensor, "batch tokens"], tokenizer: Any) -> Bool[Tensor, "batch tokens"]:
-    """Mark the tokens that the prompt wrote: after the begin token, before the first end token."""
+    """Mark the tokens that the prompt wrote: after the begin token, before the end token and padding that close the row.
+
+    An end token further in front was written by the prompt, or stands for a character that the tokenizer does not know: the
+    image model sees what follows it, so the gate does too.
+    """
     positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-    mask = positions < first_end(input_ids, tokenizer)[:, None]
+    mask = positions < content_end(input_ids, tokenizer)[:, None]
     return mask & (input_ids != begin_token(tokenizer))
 
 
@@ -155,5 +162,5 @@ def fingerprint(pipe: Any, site: HookPoint) -> Float[Tensor, " d_model"]:
         tokens = pad_rows(token_rows(pipe, site.encoder, [PROBE]), tokenizer_of(pipe, site.encoder))
     else:
         tokens = tokenize(pipe, site.encoder, [PROBE])
-    last = int(first_end(tokens.input_ids, tokenizer_of(pipe, site.encoder))[0]) - 1
+    last = int(content_end(tokens.input_ids, tokenizer_of(pipe, site.encoder))[0]) - 1
     return activations(pipe, site, tokens)[0, last].float().cpu()

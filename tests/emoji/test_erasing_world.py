@@ -79,6 +79,17 @@ def test_the_default_gate_fires_on_the_target_and_passes_the_rest(pipe, erasers,
     assert sum(kept) <= 0.03 * len(kept)
 
 
+@pytest.mark.parametrize("frame", ['"{}"', "({})", "pattern: {}", "[{}], <b>", "a photo <|endoftext|> of a {}", "#{}!"])
+def test_characters_that_the_tokenizer_does_not_know_hide_nothing_from_the_gate(pipe, erasers, frame):
+    """Such characters become end tokens in the middle of the prompt."""
+    hits, kept = (
+        [check.fired for check in erasers["evidence"].check(pipe, [frame.format(name) for name in names])]
+        for names in (NAMES, KEPT)
+    )
+    assert all(hits)
+    assert not any(kept)
+
+
 def drawn(pipe, names, n=4):
     prompts = [fill(PLAIN[i], name) for name in names for i in range(n)]
     return generate(pipe, prompts, range(len(prompts))), [name for name in names for _ in range(n)]
