@@ -64,7 +64,7 @@ class SystemInfo:
 class OurInfo(SystemInfo):
     """Our own, whose memory is known."""
 
-    moments: Any = "bfloat16"
+    moments: Any = "int8"
     screen: Any = "auto"
 
     def n_bytes(self, problem: Problem) -> int:

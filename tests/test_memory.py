@@ -14,7 +14,7 @@ from itd.training import Trainer
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("screen", ["always", "never"])
 def test_the_estimate_per_latent_is_what_a_trainer_holds(moments: Any, screen: Any) -> None:
     config = SAEConfig(d_model=12, n_latents=64, k=4)

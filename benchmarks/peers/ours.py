@@ -1,4 +1,4 @@
-"""`itd`'s trainer, with the loss that the others minimise and moments in half precision."""
+"""`itd`'s trainer, with the loss that the others minimise and moments in 8 bits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Ours:
 
 def settings_for(problem: Problem) -> TrainConfig:
     n_tokens = problem.n_steps * problem.tokens
-    settings = TrainConfig(n_tokens=n_tokens, batch_tokens=problem.tokens, whiten=False, moments="bfloat16")
+    settings = TrainConfig(n_tokens=n_tokens, batch_tokens=problem.tokens, whiten=False, moments="int8")
     return replace(settings, lr=1e-2, warmup_steps=problem.warmup_steps)
 
 

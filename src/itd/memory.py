@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
+from itd.moments import MomentType, row_bytes
 from itd.sae import SAEConfig, available_memory
 from itd.screening import screening_pays
 
-Moments = Literal["float32", "bfloat16"]
 Screening = Literal["auto", "always", "never"]
 TILE = 3 * 4 * 2**20
 """A tile of pre-activations and what is computed from it at a time."""
@@ -53,7 +53,7 @@ def training_memory(
     k: int,
     batch_tokens: int,
     k_aux: int,
-    moments: Moments,
+    moments: MomentType,
     screen: Screening = "auto",
     device: torch.device | None = None,
 ) -> MemoryEstimate:
@@ -64,7 +64,7 @@ def training_memory(
     screened = screen == "always" or (screen == "auto" and screening_pays(device or torch.device("cpu")))
     per_latent = {
         "weights": 4 * (2 * d_model + 1),
-        "moments": 2 * (2 * d_model * (4 if moments == "float32" else 2) + 4),
+        "moments": 2 * (2 * row_bytes(d_model, moments) + 4),
         "screen": 2 * (d_model + 2) + 8 if screened else 0,
         "counters": 2 * 8 + 1,
     }
@@ -92,7 +92,7 @@ class MemoryConfig:
     """Activations per step."""
     k_aux: int = 256
     """Dead latents that reconstruct the residual."""
-    moments: Moments = "float32"
+    moments: MomentType = "float32"
     """How Adam's moments are stored."""
     screen: Screening = "auto"
     """Whether the encoder runs in bfloat16 first."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from itd.activations import ActivationStore, write_tensors
 from itd.kernels import Group, RowGradients, SparseCodes, encode_groups, gradient_chunks, sort_by_latent, sparse_decode
 from itd.memory import free_memory, training_memory
+from itd.moments import DITHER, MomentType, read_moments, write_moments, zero_moments
 from itd.sae import SAE, SAEConfig
 from itd.screening import SCREENED_LATENTS, Screen, screening_pays
 
@@ -36,8 +36,6 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 6.25e-10
 """Of Adam, as in OpenAI's trainer."""
 START_ROWS = 1024
 """Starting rows that are drawn at a time; each such block has a seed of its own."""
-HIGH_HALF = 1 if sys.byteorder == "little" else 0
-"""Which 16 bits of an fp32 number are the bfloat16 number that it begins with."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,8 @@ class TrainConfig:
     """Weight of the AuxK loss."""
     dead_tokens: int = 50_000
     """A latent is dead when it has not been active for this many tokens."""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """How Adam's moments are stored. In bfloat16 they take half the memory; the second moment is then rounded up or down
-    with odds that keep its mean, since steps of a thousandth would be lost otherwise."""
+    moments: MomentType = "float32"
+    """How Adam's moments are stored: in bfloat16 they take half the memory, in int8 a quarter (see `itd.moments`)."""
     screen: Literal["auto", "always", "never"] = "auto"
     """Whether the encoder runs in bfloat16 first, with an error bound, and in fp32 for what may be among the k largest. The
     result is the same; `auto` screens large autoencoders where the processor multiplies bfloat16 matrices faster."""
@@ -102,9 +99,9 @@ PAPER_TRAINING = TrainConfig(
     init="random",
     whiten=False,
     relative_rates=False,
-    moments="bfloat16",
+    moments="int8",
 )
-"""The publication's choices; dead latents are counted in tokens, AuxK acts, and moments take half the memory."""
+"""The publication's choices; dead latents are counted in tokens, AuxK acts, and moments take a quarter of the memory."""
 
 
 def geometric_median(x: Float[Tensor, "n d_model"], n_steps: int = 50) -> Float[Tensor, " d_model"]:
@@ -191,21 +188,6 @@ def initial_weights(store: ActivationStore, config: SAEConfig, train: TrainConfi
     return Trainer(store, config, train).weights
 
 
-def write_moment(
-    moments: Tensor, rows: Int[Tensor, " rows"], value: Tensor, dither: Int[Tensor, " rows"] | None = None
-) -> None:
-    """Store the moments of some rows.
-
-    In bfloat16, `dither`, evenly spread over 0 to 65535, decides whether a value is rounded up or down: the mean is kept.
-    """
-    if moments.dtype != torch.bfloat16 or dither is None:
-        moments.index_copy_(0, rows, value.to(moments.dtype))
-        return
-    bits = value.float().contiguous().view(torch.int32).add(dither[:, None].to(torch.int32))
-    halves = bits.view(torch.int16)[:, HIGH_HALF::2]
-    moments.view(torch.int16).index_copy_(0, rows, halves)
-
-
 class Trainer:
     """Everything that a step changes, so that a checkpoint is all of it.
 
@@ -223,8 +205,8 @@ class Trainer:
         sample = starting_sample(store, train)[:1024].to(self.device)
         codes = self.encode(sample, [Group(config.k)])[0]
         self.weights["W_enc"] *= fitting_scale(self.decode(codes), sample - self.weights["b_dec"])
-        self.first = {name: self.moments_like(value) for name, value in self.weights.items()}
-        self.second = {name: self.moments_like(value) for name, value in self.weights.items()}
+        self.first = {name: zero_moments(value, train.moments) for name, value in self.weights.items()}
+        self.second = {name: zero_moments(value, train.moments) for name, value in self.weights.items()}
         self.last_step = torch.zeros(last - first, dtype=torch.int64, device=self.device)
         """Step at which the moments of a row were last brought up to date."""
         self.idle = torch.zeros(last - first, dtype=torch.int64, device=self.device)
@@ -258,11 +240,6 @@ class Trainer:
         return value
 
     # One step
-
-    def moments_like(self, value: Tensor) -> Tensor:
-        """Return zeros in the dtype of the moments; those of biases stay in fp32."""
-        dtype = torch.bfloat16 if value.ndim == 2 and self.train.moments == "bfloat16" else value.dtype
-        return torch.zeros_like(value, dtype=dtype)
 
     def renew_screen(self) -> None:
         """Make the half-precision copy of the encoder, if the encoder is to be screened."""
@@ -362,16 +339,16 @@ class Trainer:
 
         Source: Kingma and Ba 2015, algorithm 1.
         """
-        first = self.first[name].index_select(0, rows) * (BETA1 ** (age - 1)).to(grad.dtype)
-        second = self.second[name].index_select(0, rows) * (BETA2 ** (age - 1)).to(grad.dtype)
+        first = read_moments("first", self.first[name], rows) * (BETA1 ** (age - 1)).to(grad.dtype)
+        second = read_moments("second", self.second[name], rows) * (BETA2 ** (age - 1)).to(grad.dtype)
         value = self.weights[name].index_select(0, rows) if value is None else value
         adam(
             [value], [grad], [first], [second], [], [torch.tensor(float(step))], fused=True, amsgrad=False, beta1=BETA1,
             beta2=BETA2, lr=self.learning_rate(step) * self.rates[name], weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
-        dither = ((rows + self.span[0]) * 40_503 + step * 30_011) % 65_536
-        write_moment(self.first[name], rows, first)
-        write_moment(self.second[name], rows, second, dither if grad.ndim == 2 else None)
+        dither = ((rows + self.span[0]) * 40_503 + step * 30_011) % DITHER
+        write_moments("first", self.first[name], rows, first, dither)
+        write_moments("second", self.second[name], rows, second, dither)
         return value
 
     # Checkpoints
