@@ -38,6 +38,8 @@ class FilterBank(NamedTuple):
     offset: Float[Tensor, " concepts"]
 
 
+ROUNDING = 1e-5
+"""What the same prompt's scores may differ by, relative to the largest score: batches are summed in different orders."""
 DENSE_BYTES = 64 * 2**20
 """Upper bound of the acts that are held densely while many prompts are scored."""
 
@@ -164,14 +166,15 @@ def no_codes(sae: SAE, device: torch.device) -> SparseCodes:
 def threshold_for_fpr(negatives: Float[Tensor, " n"], fpr: float) -> float:
     """Return the smallest threshold that a new negative reaches with probability at most `fpr`.
 
-    The ceil((n + 1)(1 - fpr))-th smallest negative score, exceeded strictly: split conformal prediction. With too few
-    negatives for the rate, just above the largest.
+    The ceil((n + 1)(1 - fpr))-th smallest negative score, exceeded by more than the rounding that a prompt's company in a
+    batch decides: split conformal prediction. With too few negatives for the rate, just above the largest.
     """
     if not 0 < fpr < 1:
         raise ValueError(f"a false-positive rate lies between 0 and 1, got {fpr}")
     ordered = negatives.sort().values
     rank = min(math.ceil((len(ordered) + 1) * (1 - fpr)), len(ordered))
-    return float(torch.nextafter(ordered[rank - 1], torch.tensor(math.inf)))
+    margin = ROUNDING * ordered.abs().nan_to_num(posinf=0.0).max()
+    return float(torch.nextafter(ordered[rank - 1] + margin, torch.tensor(math.inf)))
 
 
 def threshold_for_recall(positives: Float[Tensor, " n"], recall: float) -> float:
