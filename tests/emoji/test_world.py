@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 
 import pytest
 import torch
@@ -91,9 +93,14 @@ def test_names_get_their_article(name, phrase):
 
 
 def test_captions_are_reproducible_and_varied():
-    import random
-
     source = CaptionSource(emoji.nouns(), ["word"])
     first = [source.single(i, "noto", "red", random.Random(i)) for i in range(50)]
     assert first == [source.single(i, "noto", "red", random.Random(i)) for i in range(50)]
     assert len(set(first)) > 45
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_words_around_a_caption_come_as_often_as_asked(share):
+    source, rng = CaptionSource(emoji.nouns(), ["qwerty"], noise_share=share), random.Random(0)
+    ends = [re.search(r"^qwerty|qwerty$", source.dress("a cat", None, None, rng), re.IGNORECASE) for _ in range(50)]
+    assert sum(map(bool, ends)) == share * 50

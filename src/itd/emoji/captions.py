@@ -60,10 +60,12 @@ class CaptionSource:
     """Makes random captions of the nouns of the world.
 
     `filler`: words that stand for everything a user may write around a noun.
+    `noise_share`: how often a run of filler words stands before or after the frame.
     """
 
     nouns: Sequence[Noun]
     filler: Sequence[str] = ()
+    noise_share: float = 0.12
 
     def name(self, noun: Noun, rng: random.Random) -> str:
         """Name a noun, by its name, by tags that imply it, or by both."""
@@ -96,7 +98,7 @@ class CaptionSource:
     def dress(self, subject: str, design: str | None, background: str | None, rng: random.Random) -> str:
         """Put a subject into a frame, with style and background phrases."""
         text = rng.choice(FRAMES).format(subject) + rng.choice(AFTER)
-        if rng.random() < 0.12:
+        if rng.random() < self.noise_share:
             text = self.noise(rng).strip() + " " + text if rng.random() < 0.5 else text + self.noise(rng)
         phrases = [rng.choice(STYLES).format(design)] if design else []
         if background:

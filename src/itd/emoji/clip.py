@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from itd.emoji.captions import CaptionSource
-from itd.emoji.data import BACKGROUNDS, DESIGNS, World
+from itd.emoji.data import BACKGROUNDS, DESIGNS, UNSAID, World
 from itd.emoji.images import background_colors, paste, pick, premultiply, side_by_side
 from itd.emoji.judge import conv, degrade, warp
 from itd.emoji.stages import StageConfig, run_stage
@@ -113,9 +113,9 @@ class Labels(NamedTuple):
     nouns: Float[Tensor, "n nouns"]
     """Each row sums to 1; a scene has two nouns."""
     design: Int[Tensor, " n"]
-    """Index of the design, -1 where it is not said."""
+    """Index of the design, or UNSAID."""
     background: Int[Tensor, " n"]
-    """Index of the background, -1 where it is not said."""
+    """Index of the background, or UNSAID."""
 
 
 class Eye(nn.Module):
@@ -146,7 +146,7 @@ class Eye(nn.Module):
         attributes = ((self.designs, labels.design), (self.backgrounds, labels.background))
         loss = F.cross_entropy(logits(self.nouns), labels.nouns, reduction="sum")
         for directions, said in attributes:
-            loss = loss + F.cross_entropy(logits(directions), said, ignore_index=-1, reduction="sum")
+            loss = loss + F.cross_entropy(logits(directions), said, ignore_index=UNSAID, reduction="sum")
         return loss / len(embedding)
 
 
@@ -217,8 +217,8 @@ def caption_shots(studio: Studio, shots: Shots, source: CaptionSource, rng: rand
     design, background = labels.design.clone(), labels.background.clone()
     for row, (left, right, shade) in enumerate(zip(shots.left, shots.right, shots.shade, strict=True)):
         named, shown = rng.random() < 0.7, bool(shade) or rng.random() < 0.2
-        design[row] = design[row] if named else -1
-        background[row] = shade if shown else -1
+        design[row] = design[row] if named else UNSAID
+        background[row] = shade if shown else UNSAID
         style, ground = DESIGNS[int(design[row])] if named else None, names[int(shade)] if shown else None
         noun = int(studio.nouns[left])
         if right >= 0:

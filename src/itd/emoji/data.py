@@ -103,6 +103,8 @@ RENAMED = {"water pistol"}
 NOT_IDENTITIES = {"paw prints", "spider web", "spiral shell"}
 WELL_DRAWN = ("food", "plant", "drink", "sport", "music")
 """Subgroup prefixes of which nouns with five designs are taken; other general nouns need all six."""
+UNSAID = -1
+"""Label of what a caption leaves open."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from itd.emoji.captions import CaptionSource
 from itd.emoji.clip import MAX_TOKENS
-from itd.emoji.data import BACKGROUNDS, DESIGNS, World
+from itd.emoji.data import BACKGROUNDS, DESIGNS, UNSAID, World
 from itd.emoji.images import background_colors, paste, premultiply, side_by_side
 from itd.emoji.judge import conv
 from itd.emoji.stages import StageConfig, run_stage
@@ -34,6 +34,8 @@ class PoolConfig:
 
     n_singles: int = 42_000
     n_scenes: int = 58_000
+    noise_share: float = 0.3
+    """How often a caption has words around it that mean nothing here: the image must not hang on the frames of the captions."""
     seed: int = 0
 
 
@@ -55,10 +57,6 @@ def build_scheduler() -> DDIMScheduler:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=1,
     )  # fmt: skip
-
-
-UNSAID = -1
-"""Label of what a caption leaves open."""
 
 
 class Examples(NamedTuple):
@@ -84,14 +82,21 @@ class Pool:
 
     def draw(self, n: int, drop: float = 0.1) -> Examples:
         """Draw images and what is said of them; a share `drop` of the prompts is empty (for guidance)."""
-        index = torch.randint(len(self.image), (n,)).numpy()
-        states, labels = torch.from_numpy(self.states[index]).float(), torch.from_numpy(self.labels[index]).long()
+        index = self.choose(n)
+        image_latents, labels = self.images(index)
+        states = torch.from_numpy(self.states[index]).float()
         dropped = torch.rand(n) < drop
         states[dropped], labels[dropped] = self.empty, UNSAID
-        return Examples(self.latents_of(index), states, labels)
+        return Examples(image_latents, states, labels)
 
-    def latents_of(self, index: np.ndarray) -> Float[Tensor, "n 16 8 8"]:
-        return torch.from_numpy(self.image_latents[self.image[index]]).float()
+    def choose(self, n: int) -> np.ndarray:
+        """Return random rows of the captions."""
+        return torch.randint(len(self.image), (n,)).numpy()
+
+    def images(self, index: np.ndarray) -> tuple[Float[Tensor, "n 16 8 8"], Int[Tensor, "n 4"]]:
+        """Return image latents and labels of some captions."""
+        labels = torch.from_numpy(self.labels[index]).long()
+        return torch.from_numpy(self.image_latents[self.image[index]]).float(), labels
 
 
 class LatentEye(nn.Module):
@@ -122,10 +127,9 @@ def train_latent_eye(pool: Pool, n_nouns: int, config: StageConfig, folder: Path
     torch.manual_seed(config.seed)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        examples = pool.draw(config.batch_size, drop=0)
-        x = examples.image_latents
+        x, labels = pool.images(pool.choose(config.batch_size))
         x = x + 0.5 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
-        return eye.naming_loss(x, examples.labels), {}
+        return eye.naming_loss(x, labels), {}
 
     eye = LatentEye(n_nouns)
     trained = run_stage("latent_eye", folder, eye, config, loss_of)
@@ -177,7 +181,7 @@ def caption_images(
 
     Identities and unsafe objects, on which erasing is measured, occur twice as often as other nouns.
     """
-    rng, source = random.Random(config.seed), CaptionSource(world.nouns, words)
+    rng, source = random.Random(config.seed), CaptionSource(world.nouns, words, config.noise_share)
     stickers, colors, names = premultiply(world.rgba), background_colors(), list(BACKGROUNDS)
     n = len(stickers)
     latents = [encode_images(vae, paste(stickers, color.expand(n, 3))).half().numpy() for color in colors]
