@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -42,7 +45,11 @@ def build_tokenizer() -> CLIPTokenizer:
             if pair not in merges:
                 merges.append(pair)
             vocabulary.setdefault(pieces[-1], len(vocabulary))
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    with TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+        Path(folder, "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=MAX_TOKENS)
 
 
 def randomise(module: nn.Module, seed: int) -> nn.Module:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 import itd
 from itd import emoji
@@ -97,6 +99,15 @@ def test_captions_are_reproducible_and_varied():
     first = [source.single(i, "noto", "red", random.Random(i)) for i in range(50)]
     assert first == [source.single(i, "noto", "red", random.Random(i)) for i in range(50)]
     assert len(set(first)) > 45
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "clip"])
+def test_the_tokenizer_is_the_same_from_the_files_that_transformers_4_reads(part, pipe, tmp_path):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(MODELS() / part / name, tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    texts = ['A "dog", 3 cats; für', "a photo of a cat in the style of twemoji", ""]
+    assert tokenizer(texts).input_ids == pipe.tokenizer(texts).input_ids
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -186,6 +186,7 @@ def assemble(world: World, words: list[str], judge: Judge, config: WorldConfig) 
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     pipe.save_pretrained(out)
+    save_vocabulary(out / "tokenizer")
     add_prefix(out / "text_encoder" / "model.safetensors")
     save_clip(clip.half(), tokenizer, out)
     judge.save(out / "judge")
@@ -199,12 +200,21 @@ def add_prefix(path: Path) -> None:
     save_file({PREFIX + key.removeprefix(PREFIX): value for key, value in tensors.items()}, path, metadata={"format": "pt"})
 
 
+def save_vocabulary(folder: Path) -> None:
+    """Write what `tokenizer.json` holds also as `vocab.json` and `merges.txt`, which transformers 4 reads."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
 def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
     """Write the CLIP as two shards, of which the text tower is the pipeline's own file: it is not stored twice."""
     folder = out / "clip"
     shutil.rmtree(folder, ignore_errors=True)
     clip.config.save_pretrained(folder)
     clip_processor(tokenizer).save_pretrained(folder)
+    save_vocabulary(folder)
     rest = {k: v.contiguous() for k, v in clip.state_dict().items() if not k.startswith(PREFIX)}
     save_file(rest, folder / "model-rest.safetensors", metadata={"format": "pt"})
     text_file = "../text_encoder/model.safetensors"
