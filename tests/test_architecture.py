@@ -11,7 +11,7 @@ SOURCE = Path(itd.__file__).parent
 ORDER = (
     "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "activations", "screening", "selection", "kernels",
     "sae",
-    "memory", "training", "features", "early_exit", "gate", "explain", "attachment", "eraser", "retained", "erasing", "emoji",
+    "moments", "memory", "training", "features", "early_exit", "gate", "explain", "attachment", "eraser", "retained", "erasing", "emoji",
 )  # fmt: skip
 """The library. What is not named here uses it and stands to its right."""
 SIDE_BY_SIDE = {"eraser", "attachment", "explain"}
