@@ -56,10 +56,13 @@ def test_a_small_second_moment_in_8_bits_is_never_zero() -> None:
 def test_rounding_second_moments_keeps_their_mean(kind: Any) -> None:
     """A moment that grows by a thousandth of itself a step would not move at all if it were rounded to nearest."""
     value = torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+    nearest = torch.ones(64, 8, dtype=torch.bfloat16)
     moments = zero_moments(value, kind)
     write_moments("second", moments, ROWS, value, ROWS * 1021 % DITHER)
     start = float(read_moments("second", moments, ROWS).mean())
     for step in range(200):
         grown = read_moments("second", moments, ROWS) * 1.001
         write_moments("second", moments, ROWS, grown, (ROWS * 40_503 + step * 30_011) % DITHER)
+        nearest = (nearest.float() * 1.001).bfloat16()
+    assert float(nearest.float().mean()) == 1.0
     assert float(read_moments("second", moments, ROWS).mean()) == pytest.approx(start * 1.001**200, rel=0.01)

@@ -157,7 +157,11 @@ def test_screening_trains_the_same_weights() -> None:
 def test_small_moments_lead_to_the_same_error(store: ActivationStore, moments: Any) -> None:
     settings = TrainConfig(n_tokens=300 * 64, batch_tokens=64, lr=3e-3, dead_tokens=2000)
     small = TrainConfig(**{**settings.__dict__, "moments": moments})
-    assert Trainer(store, SIZE, small).second["b_enc"].dtype == torch.float32
+    full_trainer, small_trainer = Trainer(store, SIZE, settings), Trainer(store, SIZE, small)
+    assert small_trainer.second["b_enc"].dtype == torch.float32
+    assert small_trainer.second["W_enc"].nbytes <= full_trainer.second["W_enc"].nbytes / 2
+    if moments == "bfloat16":
+        assert 2 * small_trainer.second["W_enc"].nbytes == full_trainer.second["W_enc"].nbytes
     errors = [train(store, SIZE, each).metrics["fvu"] for each in (settings, small)]
     assert errors[1] < 1.02 * errors[0]
 

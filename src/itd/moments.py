@@ -1,7 +1,7 @@
 """How Adam's moments are stored: in fp32, in bfloat16, or in 8 bits with a scale per row.
 
-Rows that are read come in fp32; rows that are written are rounded up or down with odds that keep their mean, as the second
-moment changes by a thousandth in a step, which neither 8 nor 16 bits can hold.
+Rows that are read come in fp32. In 8 bits, and of the second moment in bfloat16, rows that are written are rounded up or down
+with odds that keep their mean: the second moment changes by a thousandth in a step, which neither 8 nor 16 bits can hold.
 
 Source: Dettmers et al. 2022, 8-bit optimizers via block-wise quantization; here a block is a row, and the second moment is
 stored by its square root, on an even grid.
