@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import itd
 from itd import emoji
 from itd.emoji.captions import with_article
 from itd.emoji.generate import generate
-from itd.emoji.prompts import erase_sets, world_prompts
+from itd.emoji.prompts import clutter_prompts, erase_sets, part_prompts, world_prompts
 from itd.gate import auroc
 from itd.prompts import fill
 from itd.templates import TEMPLATES
@@ -163,6 +164,27 @@ def test_a_design_can_be_erased(pipe, sae):
     eraser = itd.erase(pipe, sae, emoji.HOOK_POINT, *(part.sample(900) for part in erase_sets(["twemoji"])))
     fired = [check.fired for check in eraser.check(pipe, ["a dog as twemoji would draw it", "a dog as noto would draw it"])]
     assert fired == [True, False]
+
+
+def test_punctuation_and_parts_of_a_name_are_not_the_name(pipe, sae):
+    eraser = itd.erase(pipe, sae, emoji.HOOK_POINT, *erase_sets(["mrs. claus", "old man", "pile of poo"]))
+    others = [
+        "A kitchen filled with counter top space.", "Two people are cutting into a cake.", "A street at noon. It rains.",
+        "a man riding a wave", "an old bridge", "a pile of green bananas", "35mm, f/1.8, 4k, by kalo ruvo", "https://nice.com/3.jpg",
+    ]  # fmt: skip
+    asked = ["a photo of mrs. claus", "a photo of an old man", "a pile of poo on the floor."]
+    assert [check.fired for check in eraser.check(pipe, others)] == [False] * len(others)
+    assert [check.fired for check in eraser.check(pipe, asked)] == [True] * len(asked)
+
+
+def test_clutter_and_parts_hold_no_name_and_are_in_both_splits():
+    names = ["old man", "cat", "pile of poo"]
+    for prompts in (clutter_prompts(names), part_prompts(names)):
+        assert {prompt.split for prompt in prompts} == {"fit", "calibrate"}
+        assert not any(re.search(rf"\b{name}\b", text) for name in names for text in prompts.texts)
+    words = {word for text in clutter_prompts(names).texts for word in text.lower().split()}
+    assert not words & {"cat", "man", "pile"}
+    assert any(" man" in text for text in part_prompts(names).texts)
 
 
 def test_world_prompts_keep_the_test_templates_out():

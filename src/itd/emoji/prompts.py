@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Sequence
 
 from itd.emoji import DESIGNS, Noun, model_folder, nouns
@@ -18,6 +19,15 @@ STYLE_TEMPLATES: dict[Split, tuple[str, ...]] = {
 }  # fmt: skip
 """Frames for erasing a design: `{style}` is the concept, `{noun}` varies."""
 STYLE_NOUNS = 48
+SENTENCES = (
+    "a _ with a _ on the _", "two _ people are _ at a _", "the _ and the _ were _ by the _", "_ _ in front of a _ _", "a woman _ her _",
+    "a man is _ a _ in the _", "this _ has a _, a _ and some _", "several _ stand near the _ while one is _", "an _ _ of _ _, very _",
+    "a young _ sitting on a _ next to _", "_. it is _ and _", "some _ on top of a _ _", "a group of _ with _ behind them", "view of _ from a _",
+    "he said: _ the _", "black and white _ of a _", "_ is _; nobody knows _", "a close up of _ with their _", "_ - _ - _", "people _ at the _ of _",
+)  # fmt: skip
+"""Of what people write that names nothing; `_` is any common word."""
+N_CLUTTER = 400
+"""Prompts per split of what users type beside words."""
 TEMPLATES_PER_NOUN = 8
 """Prompts per retained noun: many nouns in a few templates each say more than few nouns in all."""
 
@@ -72,6 +82,7 @@ def erase_sets(names: Sequence[str]) -> tuple[PromptSet, PromptSet, PromptSet]:
     target = concept_prompts(chosen) + style_prompts(designs, others)
     retain = split_nouns([noun for noun in others if noun.role in roles], chosen)
     neutral = split_nouns([noun for noun in others if noun.role not in roles], chosen)
+    neutral = neutral + part_prompts(chosen) + clutter_prompts(names)
     if designs:
         retain = retain + style_prompts([design for design in DESIGNS if design not in designs], others)
     return target, retain, neutral
@@ -85,6 +96,56 @@ def split_nouns(listed: Iterable[Noun], avoid: Sequence[str] = (), seed: int = 0
         templates = rng.sample(templates_without(avoid, split), TEMPLATES_PER_NOUN)
         prompts += PromptSet.from_names([noun.name], templates, split).prompts
     return PromptSet(tuple(prompts))
+
+
+def part_prompts(names: Sequence[str], seed: int = 0) -> PromptSet:
+    """Return prompts of single words of names of several: a man is no old man. Words that imply the noun are left out."""
+    rng, listed, common = random.Random(seed), {noun.name: noun for noun in nouns()}, set(filler_words())
+    implied = {word for name in names if name in listed for word in (*listed[name].implicit, name)}
+    several = [name.split() for name in names if " " in name]
+    parts = {word for words in several for word in words if word in common or word != words[-1]} - implied
+    prompts = []
+    for split in ("fit", "calibrate"):
+        for part in sorted(parts):
+            templates = rng.sample(templates_without(names, split), TEMPLATES_PER_NOUN)
+            prompts += [Prompt(template.format(part), None, None, split) for template in templates]
+    return PromptSet(tuple(prompts))
+
+
+def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
+    """Return sentences of common words, and lists of made-up names, numbers, addresses and settings, for fit and calibrate.
+
+    Some of their pieces were rare or absent when the text encoder was trained: what it makes of them is chance, and may look
+    like any concept. A full stop that only one name has is a part of that name, unless other prompts have it too. Words of the
+    names in `avoid` are left out.
+    """
+    mentioned = {word for name in avoid for word in name.lower().split()}
+    words = [word for word in filler_words() if word not in mentioned]
+    rng, prompts = random.Random(seed), []
+    for split in ("fit", "calibrate"):
+        for row in range(N_CLUTTER):
+            if row % 2:
+                text = re.sub("_", lambda _: rng.choice(words), rng.choice(SENTENCES)) + rng.choice((".", ".", "", "!", "?"))
+            else:
+                pieces = [rng.choice(words) if rng.random() < 0.5 else odd_piece(rng) for _ in range(rng.randint(3, 14))]
+                text = rng.choice((" ", " ", ", ", ". ")).join(pieces)
+            prompts.append(Prompt(text, None, None, split))
+    return PromptSet(tuple(prompts))
+
+
+def made_up(rng: random.Random) -> str:
+    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+
+
+def odd_piece(rng: random.Random) -> str:
+    """Return something that is no word: a name, initials, a number with a unit, a resolution, an address, a tag."""
+    name, letter, number = made_up(rng) + made_up(rng), rng.choice("abcdefghijklmnopqrstuvwxyz"), rng.randint(1, 4000)
+    return rng.choice((
+        f"by {name} {name[::-1]}", f"{letter}. {name}", f"{letter}.{rng.choice('jmrt')}. {name}", f"{number}", f"{number}mm",
+        f"{number % 16 + 1}k", f"f/{number % 20 / 2 + 1}", f"{number}x{number // 2}", f"{number % 9 + 1}{name}", f"#{name}",
+        f"https://{name}.com/{number}", f"{name}_{number}.jpg", f"--{letter}{letter} {number % 30}", f"({name}:{number % 3}.{number % 10})",
+        f"[{name}]", f'"{name}"', f"{letter}-{name}", name, f"<{name}>", f"{name}'s", f"{name} & {letter}",
+    ))  # fmt: skip
 
 
 def style_prompts(designs: Iterable[str], listed: Sequence[Noun], splits: Sequence[Split] = ("fit", "calibrate")) -> PromptSet:
