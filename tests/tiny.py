@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from itd import SAE, ActivationStore, Edit, Eraser, FeatureStats, Gate, HookPoint, PromptSet, SAEConfig, TrainConfig, record
 from itd.activations import stream
+from itd.emoji.clip import write_vocabulary
 from itd.features import matched_filter
 from itd.gate import score
 from itd.pipelines import fingerprint
@@ -46,9 +46,7 @@ def build_tokenizer() -> CLIPTokenizer:
                 merges.append(pair)
             vocabulary.setdefault(pieces[-1], len(vocabulary))
     with TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-        Path(folder, "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+        write_vocabulary(vocabulary, merges, Path(folder))
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=MAX_TOKENS)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from itd.activations import record
-from itd.emoji.clip import clip_processor, tokenizer_texts, train_clip, train_tokenizer, train_vision
+from itd.emoji.clip import VOCABULARY_FILES, clip_processor, tokenizer_texts, train_clip, train_tokenizer, train_vision
 from itd.emoji.data import DESIGNS, NAMES_SOURCE, SOURCES, WORDS_SOURCE, World, render_world
 from itd.emoji.judge import Judge, train_judge
 from itd.emoji.stages import StageConfig
@@ -186,9 +186,10 @@ def assemble(world: World, words: list[str], judge: Judge, config: WorldConfig) 
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     pipe.save_pretrained(out)
-    save_vocabulary(out / "tokenizer")
     add_prefix(out / "text_encoder" / "model.safetensors")
     save_clip(clip.half(), tokenizer, out)
+    for folder in ("tokenizer", "clip"):
+        copy_vocabulary(work / "tokenizer", out / folder)
     judge.save(out / "judge")
     shutil.copy(work / "world" / "nouns.json", out / "nouns.json")
     (out / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
@@ -200,12 +201,10 @@ def add_prefix(path: Path) -> None:
     save_file({PREFIX + key.removeprefix(PREFIX): value for key, value in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def save_vocabulary(folder: Path) -> None:
-    """Write what `tokenizer.json` holds also as `vocab.json` and `merges.txt`, which transformers 4 reads."""
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+def copy_vocabulary(tokenizer: Path, folder: Path) -> None:
+    """Put the files that transformers 4 reads a tokenizer from beside those of transformers 5."""
+    for name in VOCABULARY_FILES:
+        shutil.copy(tokenizer / name, folder / name)
 
 
 def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
@@ -214,7 +213,6 @@ def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     clip.config.save_pretrained(folder)
     clip_processor(tokenizer).save_pretrained(folder)
-    save_vocabulary(folder)
     rest = {k: v.contiguous() for k, v in clip.state_dict().items() if not k.startswith(PREFIX)}
     save_file(rest, folder / "model-rest.safetensors", metadata={"format": "pt"})
     text_file = "../text_encoder/model.safetensors"

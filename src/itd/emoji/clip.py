@@ -31,6 +31,7 @@ from itd.emoji.judge import conv, degrade, warp
 from itd.emoji.stages import StageConfig, run_stage
 
 VOCABULARY = 4096
+VOCABULARY_FILES = "vocab.json", "merges.txt"
 MAX_TOKENS = 40
 EMBEDDING = 256
 SHARPNESS = 30.0
@@ -59,10 +60,18 @@ def train_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     tokenizer.train_from_iterator(captions, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
-    build: Any = CLIPTokenizer
-    clip_tokenizer: CLIPTokenizer = build(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+    write_vocabulary(model["vocab"], merges, folder)
+    clip_tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=MAX_TOKENS)
     clip_tokenizer.save_pretrained(folder)
     return clip_tokenizer
+
+
+def write_vocabulary(vocabulary: dict[str, int], merges: Iterable[tuple[str, ...]], folder: Path) -> None:
+    """Write a byte-pair encoding as `vocab.json` and `merges.txt`: transformers 4 reads no other form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / VOCABULARY_FILES[0]).write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (folder / VOCABULARY_FILES[1]).write_text("\n".join(lines), encoding="utf-8")
 
 
 def tokenizer_texts(world: World, words: list[str], n_captions: int = 60_000) -> Iterator[str]:
