@@ -94,8 +94,17 @@ def degrade(images: Float[Tensor, "n 3 h w"], noise: float = 0.08) -> Float[Tens
     return images + torch.rand(n, 1, 1, 1) * noise * torch.randn_like(images)
 
 
+def smear(images: Float[Tensor, "n 3 h w"], strength: float = 0.3) -> Float[Tensor, "n 3 h w"]:
+    """Add noise of a few pixels' size to half of the images: stains, as a decoder of image latents leaves them."""
+    n = len(images)
+    size = [8, 16, 24, 32][int(torch.randint(4, ()))]
+    stains = F.interpolate(torch.randn(n, 3, size, size), size=images.shape[-1], mode="bilinear", align_corners=False)
+    amount = torch.rand(n, 1, 1, 1) * strength * (torch.rand(n, 1, 1, 1) < 0.5)
+    return images + amount * stains
+
+
 def train_judge(world: World, config: StageConfig, folder: Path) -> Judge:
-    """Train on warped and degraded renders, a fifth of them cut out of scenes."""
+    """Train on warped, stained and degraded renders, two fifths of them cut out of scenes."""
     torch.manual_seed(config.seed)
     stickers, colors = premultiply(world.rgba), background_colors()
     nouns, designs = torch.from_numpy(world.noun), torch.from_numpy(world.design)
@@ -109,7 +118,7 @@ def train_judge(world: World, config: StageConfig, folder: Path) -> Judge:
         m = n // 5
         scene = paste(side_by_side(stickers[index[:m]], stickers[index[m : 2 * m]]), background[:m])
         images[:m], images[m : 2 * m] = split_scene(scene)
-        return degrade(images), index
+        return degrade(smear(images)), index
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         images, index = draw(config.batch_size)
