@@ -80,11 +80,12 @@ def evaluate_scenes(pipe: Any, judge: Judge, nouns: list[Noun], n: int, seed: in
     return mean(map(float, both)), images
 
 
-def evaluate_designs(pipe: Any, judge: Judge, nouns: list[Noun], n: int, seed: int) -> float:
-    """Return the share of pictures in a named design that the judge assigns to it."""
+def evaluate_designs(pipe: Any, judge: Judge, world: World, n: int, seed: int) -> float:
+    """Return the share of pictures in a named design that the judge assigns to it; each asks for a noun that the design has."""
     rng = random.Random(seed)
     asked = [DESIGNS[i % len(DESIGNS)] for i in range(n)]
-    prompts = [f"{with_article(rng.choice(nouns).name)} in the style of {design}" for design in asked]
+    drawn = [[world.nouns[noun] for noun in world.noun[world.design == i]] for i in range(len(DESIGNS))]
+    prompts = [f"{with_article(rng.choice(drawn[DESIGNS.index(design)]).name)} in the style of {design}" for design in asked]
     said = judge.name(generate(pipe, prompts, range(seed, seed + n), desc="designs"))[1]
     return mean(float(a == b) for a, b in zip(asked, said, strict=True))
 
@@ -128,7 +129,7 @@ def evaluate_world(config: WorldConfig, n_scenes: int = 200, n_designs: int = 24
         "sae": load_sae().metrics,
         "noun_top1": mean(accuracy.values()),
         "noun_top1_benchmark": mean(accuracy[name] for name in benchmark),
-        "design": evaluate_designs(pipe, judge, world.nouns, n_designs, TEST_SEED + 7000),
+        "design": evaluate_designs(pipe, judge, world, n_designs, TEST_SEED + 7000),
         "scenes_both": scenes,
         "clip_judge_agreement": rank_agreement(judge, images, prompts, names),
         "seconds_per_image": seconds,
