@@ -127,7 +127,7 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
             if row % 2:
                 text = re.sub("_", lambda _: rng.choice(words), rng.choice(SENTENCES)) + rng.choice((".", ".", "", "!", "?"))
             else:
-                pieces = [rng.choice(words) if rng.random() < 0.5 else odd_piece(rng) for _ in range(rng.randint(3, 14))]
+                pieces = [rng.choice(words) if rng.random() < 0.5 else odd_piece(rng) for _ in range(rng.randint(2, 8))]
                 text = rng.choice((" ", " ", ", ", ". ")).join(pieces)
             prompts.append(Prompt(text, None, None, split))
     return PromptSet(tuple(prompts))

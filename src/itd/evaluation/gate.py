@@ -111,7 +111,14 @@ class GateAlone:
             return [fill(t, tag) for tag in world.nouns[name].implicit for t in rng.sample(templates, min(2, len(templates)))]
 
         found: dict[str, Condition] = {"plain": plain, "bare": lambda name, rng: [name]}
-        found |= {f"length+{n}": changed(lambda t, _, r, n=n: with_filler(t, words, n, r)) for n in LENGTHS}
+        found |= {
+            f"length+{n}": lambda name, rng, n=n: [
+                text
+                for text in (with_filler(text, words, n, rng) for text in plain(name, rng))
+                if reads(world.pipe, text, name)
+            ]
+            for n in LENGTHS
+        }
         found |= {
             f"position.{where}": lambda name, rng, where=where: [
                 at_position(name, where, words, rng) for _ in range(self.n_templates)
@@ -161,6 +168,12 @@ class GateAlone:
             assert sides is not None
             found |= {f"count{count}.{key}": value for key, value in sides.rates.items()}
         return found
+
+
+def reads(pipe: Any, text: str, name: str) -> bool:
+    """Tell whether a name stands in the part of a text that the pipeline reads: what is cut off, the image model never sees."""
+    read = text[: text.find(name) + len(name)]
+    return len(pipe.tokenizer(read).input_ids) <= pipe.tokenizer.model_max_length
 
 
 @dataclass(frozen=True)
