@@ -120,8 +120,9 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
     names in `avoid` are left out.
     """
     mentioned = {word for name in avoid for word in name.lower().split()}
+    named = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in avoid) or "(?!)", re.IGNORECASE)
     words = [word for word in filler_words() if word not in mentioned]
-    rng, prompts = random.Random(seed), []
+    rng, splits = random.Random(seed), dict[str, Split]()
     for split in ("fit", "calibrate"):
         for row in range(N_CLUTTER):
             if row % 2:
@@ -129,8 +130,9 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
             else:
                 pieces = [rng.choice(words) if rng.random() < 0.5 else odd_piece(rng) for _ in range(rng.randint(2, 8))]
                 text = rng.choice((" ", " ", ", ", ". ")).join(pieces)
-            prompts.append(Prompt(text, None, None, split))
-    return PromptSet(tuple(prompts))
+            if not named.search(text):
+                splits.setdefault(text, split)
+    return PromptSet(tuple(Prompt(text, None, None, split) for text, split in splits.items()))
 
 
 def made_up(rng: random.Random) -> str:
