@@ -35,8 +35,13 @@ def templates_without(names: Iterable[str], split: Split) -> tuple[str, ...]:
     >>> len(TEMPLATES["fit"]) - len(templates_without(["House"], "fit"))
     1
     """
-    mentioned = re.compile(r"|".join(rf"\b{re.escape(name)}\b" for name in names) or r"(?!)", re.IGNORECASE)
+    mentioned = mention_of(names)
     return tuple(template for template in TEMPLATES[split] if not mentioned.search(template))
+
+
+def mention_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern of any of the names as words of their own, in whatever case; of no names, one that matches nothing."""
+    return re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or "(?!)", re.IGNORECASE)
 
 
 def concept_prompts(

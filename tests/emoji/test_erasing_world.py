@@ -35,8 +35,9 @@ def sae():
 
 @pytest.fixture(scope="module")
 def sets():
+    """Neutral are prompts that name something, without clutter, so that the scores are compared on concepts."""
     target, retain, neutral = erase_sets(NAMES)
-    return target, retain, neutral.sample(800)
+    return target, retain, neutral.filter(lambda prompt: prompt.concept is not None).sample(800)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +61,10 @@ def scores_of(eraser, pipe, prompts):
     return torch.tensor([check.score for check in eraser.check(pipe, prompts)])
 
 
-@pytest.mark.parametrize(("score", "least"), [("evidence", 0.7), ("contribution", 0.7), ("reconstruction", 0.6)])
-def test_every_score_ranks_the_target_above_what_is_kept(pipe, erasers, probes, score, least):
+@pytest.mark.parametrize("score", ["evidence", "contribution", "reconstruction"])
+def test_every_score_ranks_the_target_above_what_is_kept(pipe, erasers, probes, score):
     positives, negatives = (scores_of(erasers[score], pipe, prompts) for prompts in probes)
-    assert auroc(positives, negatives) > least
+    assert auroc(positives, negatives) > 0.7
 
 
 def test_evidence_separates_at_least_as_well_as_the_other_scores(pipe, erasers, probes):

@@ -195,7 +195,7 @@ def test_an_interval_over_concepts_is_in_the_record(tmp_path: Path) -> None:
     report = evaluate(None, SMALL["gate"], out=tmp_path)
     assert isinstance(report.intervals["plain.recall"], Rate)
     assert "calibration.fpr" in report.intervals
-    assert {"length+4.recall", "position.last.recall", "spelling.swap.fpr_kept", "nouns.3.auroc", "leaky.recall"} <= set(
+    assert {"length+8.recall", "position.last.recall", "spelling.swap.fpr_kept", "nouns.3.auroc", "leaky.recall"} <= set(
         report.metrics
     )
 

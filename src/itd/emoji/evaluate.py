@@ -84,8 +84,8 @@ def evaluate_designs(pipe: Any, judge: Judge, world: World, n: int, seed: int) -
     """Return the share of pictures in a named design that the judge assigns to it; each asks for a noun that the design has."""
     rng = random.Random(seed)
     asked = [DESIGNS[i % len(DESIGNS)] for i in range(n)]
-    drawn = [[world.nouns[noun] for noun in world.noun[world.design == i]] for i in range(len(DESIGNS))]
-    prompts = [f"{with_article(rng.choice(drawn[DESIGNS.index(design)]).name)} in the style of {design}" for design in asked]
+    drawn = {design: [world.nouns[noun] for noun in world.noun[world.design == i]] for i, design in enumerate(DESIGNS)}
+    prompts = [f"{with_article(rng.choice(drawn[design]).name)} in the style of {design}" for design in asked]
     said = judge.name(generate(pipe, prompts, range(seed, seed + n), desc="designs"))[1]
     return mean(float(a == b) for a, b in zip(asked, said, strict=True))
 

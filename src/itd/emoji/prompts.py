@@ -10,7 +10,7 @@ from itd.emoji import DESIGNS, Noun, model_folder, nouns
 from itd.emoji.captions import CaptionSource
 from itd.emoji.data import BACKGROUNDS
 from itd.prompts import Prompt, PromptSet, Split
-from itd.templates import TEMPLATES, concept_prompts, templates_without
+from itd.templates import TEMPLATES, concept_prompts, mention_of, templates_without
 
 STYLE_TEMPLATES: dict[Split, tuple[str, ...]] = {
     "fit": ("{noun} in the style of {style}", "{noun} by {style}", "a drawing of {noun}, {style} style", "{noun}, {style}, on a white background"),
@@ -106,9 +106,9 @@ def part_prompts(names: Sequence[str], seed: int = 0) -> PromptSet:
     parts = {word for words in several for word in words if word in common or word != words[-1]} - implied
     prompts = []
     for split in ("fit", "calibrate"):
+        templates = templates_without(names, split)
         for part in sorted(parts):
-            templates = rng.sample(templates_without(names, split), TEMPLATES_PER_NOUN)
-            prompts += [Prompt(template.format(part), None, None, split) for template in templates]
+            prompts += [Prompt(template.format(part), split=split) for template in rng.sample(templates, TEMPLATES_PER_NOUN)]
     return PromptSet(tuple(prompts))
 
 
@@ -120,7 +120,7 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
     names in `avoid` are left out.
     """
     mentioned = {word for name in avoid for word in name.lower().split()}
-    named = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in avoid) or "(?!)", re.IGNORECASE)
+    named = mention_of(avoid)
     words = [word for word in filler_words() if word not in mentioned]
     rng, splits = random.Random(seed), dict[str, Split]()
     for split in ("fit", "calibrate"):
@@ -132,7 +132,7 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
                 text = rng.choice((" ", " ", ", ", ". ")).join(pieces)
             if not named.search(text):
                 splits.setdefault(text, split)
-    return PromptSet(tuple(Prompt(text, None, None, split) for text, split in splits.items()))
+    return PromptSet(tuple(Prompt(text, split=split) for text, split in splits.items()))
 
 
 def made_up(rng: random.Random) -> str:

@@ -37,6 +37,8 @@ LEAD = (
     "prompts in one way, on both sides alike. The false-positive rate is that of kept concepts under the same change."
 )
 LENGTHS = (4, 8, 16, 32)
+DRAWS = 16
+"""Of the words around a prompt, until its concept is not cut off."""
 POSITIONS = ("first", "middle", "last")
 
 
@@ -113,9 +115,7 @@ class GateAlone:
         found: dict[str, Condition] = {"plain": plain, "bare": lambda name, rng: [name]}
         found |= {
             f"length+{n}": lambda name, rng, n=n: [
-                text
-                for text in (with_filler(text, words, n, rng) for text in plain(name, rng))
-                if reads(world.pipe, text, name)
+                longer for text in plain(name, rng) if (longer := lengthened(world.pipe, text, name, words, n, rng))
             ]
             for n in LENGTHS
         }
@@ -170,10 +170,14 @@ class GateAlone:
         return found
 
 
-def reads(pipe: Any, text: str, name: str) -> bool:
-    """Tell whether a name stands in the part of a text that the pipeline reads: what is cut off, the image model never sees."""
-    read = text[: text.find(name) + len(name)]
-    return len(pipe.tokenizer(read).input_ids) <= pipe.tokenizer.model_max_length
+def lengthened(pipe: Any, text: str, name: str, words: Sequence[str], n: int, rng: random.Random) -> str | None:
+    """Add n words so that the pipeline reads the name: what is cut off, the image model never sees. None where that fails."""
+    for _ in range(DRAWS):
+        longer = with_filler(text, words, n, rng)
+        read = longer[: longer.find(name) + len(name)]
+        if len(pipe.tokenizer(read).input_ids) <= pipe.tokenizer.model_max_length:
+            return longer
+    return None
 
 
 @dataclass(frozen=True)
