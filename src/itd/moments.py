@@ -23,7 +23,7 @@ HIGH_HALF = 1 if sys.byteorder == "little" else 0
 SCALE_BYTES = 4
 """A row in 8 bits ends with its scale, an fp32 number."""
 MIDDLE = 128
-"""What stands for 0 in a first moment of 8 bits."""
+"""The root of a second moment, 1 to 255 steps, is stored less this; a first moment takes -127 to 127."""
 DITHER = 65_536
 """Number of values that a row's dither takes."""
 
@@ -34,7 +34,7 @@ def zero_moments(value: Tensor, stored: MomentType) -> Tensor:
         return torch.zeros_like(value)
     if stored == "bfloat16":
         return torch.zeros_like(value, dtype=torch.bfloat16)
-    return torch.zeros(len(value), value.shape[1] + SCALE_BYTES, dtype=torch.uint8, device=value.device)
+    return torch.zeros(len(value), value.shape[1] + SCALE_BYTES, dtype=torch.int8, device=value.device)
 
 
 def row_bytes(d_model: int, stored: MomentType) -> int:
@@ -45,11 +45,11 @@ def row_bytes(d_model: int, stored: MomentType) -> int:
 def read_moments(name: MomentName, moments: Tensor, rows: Int[Tensor, " rows"]) -> Float[Tensor, "rows ..."]:
     """Return the moments of some rows."""
     stored = moments.index_select(0, rows)
-    if stored.dtype != torch.uint8:
+    if stored.dtype != torch.int8:
         return stored.float() if stored.dtype == torch.bfloat16 else stored
     scale = stored[:, -SCALE_BYTES:].contiguous().view(torch.float32)
     codes = stored[:, :-SCALE_BYTES].float()
-    return codes.sub_(MIDDLE).mul_(scale) if name == "first" else codes.mul_(scale).square_()
+    return codes.mul_(scale) if name == "first" else codes.add_(MIDDLE).mul_(scale).square_()
 
 
 def write_moments(
@@ -60,14 +60,20 @@ def write_moments(
     dither: Int[Tensor, " rows"],
 ) -> None:
     """Store the moments of some rows. `dither`, evenly spread over 0 to 65535, decides what is rounded up and what down."""
-    if moments.dtype == torch.uint8:
-        moments.index_copy_(0, rows, quantize(name, value, dither))
+    if moments.dtype == torch.int8:
+        copy_rows(moments, rows, quantize(name, value, dither))
     elif moments.dtype == torch.bfloat16 and name == "second":
         bits = value.float().contiguous().view(torch.int32).add(dither[:, None].to(torch.int32))
-        halves = bits.view(torch.int16)[:, HIGH_HALF::2]
-        moments.view(torch.int16).index_copy_(0, rows, halves)
+        copy_rows(moments.view(torch.int16), rows, bits.view(torch.int16)[:, HIGH_HALF::2].contiguous())
     else:
-        moments.index_copy_(0, rows, value.to(moments.dtype))
+        copy_rows(moments, rows, value.to(moments.dtype))
+
+
+def copy_rows(target: Tensor, rows: Int[Tensor, " rows"], value: Tensor) -> None:
+    """Write rows in place, four bytes at a time where their length allows: torch copies bytes and halves one by one."""
+    if target.ndim == 2 and target.element_size() < 4 and target.shape[1] * target.element_size() % 4 == 0:
+        target, value = target.view(torch.int32), value.view(torch.int32)
+    target.index_copy_(0, rows, value)
 
 
 def quantize(
@@ -77,11 +83,15 @@ def quantize(
 
     A second moment never becomes 0 in a row that is not: a step is divided by its root.
     """
-    value = value.float()
-    value = value if name == "first" else value.sqrt()
-    levels = 127 if name == "first" else 255
-    scale = value.abs().amax(1, keepdim=True) / levels
-    steps = value / scale.clamp_min(torch.finfo(torch.float32).tiny)
-    steps = (steps + (dither[:, None] + 0.5) / DITHER).floor_()
-    codes = steps.clamp_(-127, 127) + MIDDLE if name == "first" else steps.clamp_(1, 255)
-    return torch.cat([codes.to(torch.uint8), scale.view(torch.uint8)], 1)
+    value, smallest = value.float(), torch.finfo(torch.float32).tiny
+    shift = ((dither + 0.5) / DITHER)[:, None]
+    if name == "first":
+        scale = value.abs().amax(1, keepdim=True) / 127
+        codes = (value / scale.clamp_min(smallest)).add_(shift).floor_().clamp_(-127, 127)
+    else:
+        scale = value.amax(1, keepdim=True).sqrt_() / 255
+        codes = value.sqrt().div_(scale.clamp_min(smallest)).add_(shift - MIDDLE).floor_().clamp_(1 - MIDDLE, 127)
+    rows = torch.empty(len(value), value.shape[1] + SCALE_BYTES, dtype=torch.int8, device=value.device)
+    rows[:, :-SCALE_BYTES] = codes
+    rows[:, -SCALE_BYTES:] = scale.view(torch.int8)
+    return rows
