@@ -9,8 +9,8 @@ import itd
 
 SOURCE = Path(itd.__file__).parent
 ORDER = (
-    "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "activations", "screening", "selection", "kernels",
-    "sae", "moments",
+    "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "vocabulary", "synonyms", "activations",
+    "screening", "selection", "kernels", "sae", "moments",
     "memory", "training", "features", "early_exit", "gate", "explain", "attachment", "eraser", "retained", "erasing", "emoji",
 )  # fmt: skip
 """The library. What is not named here uses it and stands to its right."""

@@ -21,9 +21,11 @@ from itd.attacks.protocol import names_of_attacks
 from itd.erasing import PRESETS, EraseConfig, add_concepts, erase
 from itd.evaluation import ProtocolName
 from itd.generation import consecutive_seeds, generate, picture_lines, pipeline_options, write_pictures
+from itd.hooks import HookPoint
 from itd.memory import MemoryConfig, free_memory
 from itd.runs import COMMAND, Values, base_arguments, command_name, flat, require_free, run_folder, write_arguments
 from itd.sae import SAEConfig
+from itd.synonyms import synonym_words
 from itd.training import PAPER_TRAINING, TrainConfig, train
 
 DESCRIPTION = "Erase concepts from text-to-image diffusion models and leave every other prompt untouched."
@@ -190,6 +192,8 @@ class Erase(OnModel):
     """Folder of what must stay, encoded once. Made from --retain and --neutral if it is not there, else taken for them."""
     add_to: MaybePath = None
     """Folder of an eraser to add the concepts to, under its settings; with --retained. --out may be the same folder."""
+    synonyms: bool = False
+    """Also erase the words that the text encoder takes for the names: more prompts are caught, and more fire by mistake."""
     settings: tyro.conf.OmitArgPrefixes[EraseConfig] = field(default_factory=EraseConfig)
 
     def run(self) -> None:
@@ -197,13 +201,17 @@ class Erase(OnModel):
         target, retain, neutral = (list(flat(values)) for values in (self.target, self.retain, self.neutral))
         if self.add_to is not None:
             eraser, kept = inputs.eraser_to_extend(self.add_to, self.retained, self.sae)
-            prompts = inputs.target_set(self.model, target)
+            words = self.other_words(target, retain, eraser.hook_point)
+            prompts = inputs.target_set(self.model, target, words)
             eraser = add_concepts(eraser, self.pipeline(), prompts, kept)
         else:
-            sets = inputs.concept_sets(self.model, target, retain, neutral, inputs.is_there(self.retained))
+            there = inputs.is_there(self.retained)
+            sets = inputs.concept_sets(self.model, target, retain, neutral, there)
             sae = inputs.find_sae(self.model, self.sae)
             pipe = self.pipeline()
             site = inputs.hook_point_of(pipe, sae, self.model, self.hook_point)
+            if words := self.other_words(target, retain, site):
+                sets = inputs.concept_sets(self.model, target, retain, neutral, there, words)
             kept = inputs.find_retained(self.retained, pipe, sae, site, sets, self.settings.seed)
             others = (sets.retain, sets.neutral) if kept is None else (kept, None)
             eraser = erase(pipe, sae, site, sets.target, *others, self.settings)
@@ -211,6 +219,17 @@ class Erase(OnModel):
         write_arguments(self, self.out / COMMAND)
         print(describe.describe_eraser(eraser))
         print(f"eraser: {self.out}")
+
+    def other_words(self, target: Sequence[str], retain: Sequence[str], site: HookPoint) -> list[str]:
+        """Find synonyms of the names, if they are asked for, and print them."""
+        if not self.synonyms:
+            return []
+        found = inputs.find_other_words(self.pipeline(), self.model, target, retain, site.encoder)
+        for name, listed in found.items():
+            print(f"{name}: also {', '.join(f'{synonym.word} ({synonym.similarity:.2f})' for synonym in listed)}")
+        if not found:
+            print("no word of the vocabulary means the same to the text encoder")
+        return synonym_words(found)
 
 
 @dataclass(frozen=True, kw_only=True)

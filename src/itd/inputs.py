@@ -19,6 +19,7 @@ from itd.hooks import WRAPPER, HookPoint
 from itd.prompts import Prompt, PromptSet
 from itd.retained import Retained
 from itd.sae import SAE
+from itd.synonyms import Synonym, find_synonyms
 from itd.templates import concept_prompts
 
 PROMPT_FILES = (".csv", ".jsonl", ".parquet", ".txt")
@@ -226,41 +227,65 @@ def recording_prompts(model: str | None, files: Sequence[str], names: Sequence[s
     return world_prompts()
 
 
-def target_set(model: str | None, target: Sequence[str]) -> PromptSet:
-    """Return the prompts of what is to go, from names and files."""
+def target_set(model: str | None, target: Sequence[str], synonyms: Sequence[str] = ()) -> PromptSet:
+    """Return the prompts of what is to go, from names and files, and from other words for the names."""
     if not target:
         raise ValueError("--target is required: the name of a concept, or a file of prompts")
-    return target_prompts(target) if model is not None else world_sets(target).target
+    return target_prompts([*target, *synonyms]) if model is not None else world_sets(target, synonyms).target
+
+
+def find_other_words(
+    pipe: Any, model: str | None, target: Sequence[str], retain: Sequence[str], encoder: str
+) -> dict[str, tuple[Synonym, ...]]:
+    """Return the synonyms of the targets that are names; words closer to a name that stays are left out.
+
+    Raises:
+        ValueError: no target is a name.
+    """
+    names = [value for value in target if not is_file(value)]
+    if not names:
+        raise ValueError("--synonyms needs a name in --target: a prompt file says itself what is to go")
+    stays = [value for value in retain if not is_file(value)]
+    if model is None:
+        from itd.emoji import nouns
+
+        stays += [noun.name for noun in nouns()]
+    return find_synonyms(pipe, names, stays, encoder=encoder)
 
 
 def concept_sets(
-    model: str | None, target: Sequence[str], retain: Sequence[str], neutral: Sequence[str], retained: bool = False
+    model: str | None,
+    target: Sequence[str],
+    retain: Sequence[str],
+    neutral: Sequence[str],
+    retained: bool = False,
+    synonyms: Sequence[str] = (),
 ) -> ConceptSets:
     """Return the prompt sets of an eraser from names and files; what the embedded world knows need not be given.
 
-    `retained`: what must stay is encoded already, only the target is asked for.
+    `retained`: what must stay is encoded already, only the target is asked for. `synonyms`: words to erase with the names.
 
     Raises:
         ValueError: no target; no retain set for a model other than the embedded world.
     """
     if not target or retained:
-        return ConceptSets(target_set(model, target), PromptSet(), PromptSet())
+        return ConceptSets(target_set(model, target, synonyms), PromptSet(), PromptSet())
     if model is not None:
         if not retain:
             raise ValueError(
                 "--retain is required with --model: names of what must stay, close to the target if possible, or a prompt file"
             )
-        names = [value for value in target if not is_file(value)]
-        return ConceptSets(target_prompts(target), kept_prompts(retain, names), kept_prompts(neutral, names))
-    found = world_sets(target)
+        names = [value for value in (*target, *synonyms) if not is_file(value)]
+        return ConceptSets(target_prompts([*target, *synonyms]), kept_prompts(retain, names), kept_prompts(neutral, names))
+    found, avoid = world_sets(target, synonyms), [*target, *synonyms]
     return ConceptSets(
         found.target,
-        kept_prompts(retain, target) if retain else found.retain,
-        kept_prompts(neutral, target) if neutral else found.neutral,
+        kept_prompts(retain, avoid) if retain else found.retain,
+        kept_prompts(neutral, avoid) if neutral else found.neutral,
     )
 
 
-def world_sets(target: Sequence[str]) -> ConceptSets:
+def world_sets(target: Sequence[str], synonyms: Sequence[str] = ()) -> ConceptSets:
     """Return the sets of the embedded world.
 
     What a target file names, by its concept or by the text of a prompt, is not retained.
@@ -269,12 +294,12 @@ def world_sets(target: Sequence[str]) -> ConceptSets:
 
     names = [value for value in target if not is_file(value)]
     files = target_prompts([value for value in target if is_file(value)])
-    sets = ConceptSets(*erase_sets(names))
+    sets = ConceptSets(*erase_sets(names, synonyms))
     texts, concepts = set(files.texts), {concept.lower() for concept in files.concepts}
     others = sets.retain + sets.neutral
     named = [p.concept for p in others if p.concept and (p.concept.lower() in concepts or p.text in texts)]
     if named:
-        _, retain, neutral = erase_sets([*names, *dict.fromkeys(named)])
+        _, retain, neutral = erase_sets([*names, *dict.fromkeys(named)], synonyms)
         sets = sets._replace(retain=retain, neutral=neutral)
     return sets._replace(target=sets.target + files)
 

@@ -38,8 +38,8 @@ from itd.attacks.inversion import placeholder
 from itd.attacks.objectives import Denoise, Loss, Match, draw_noise
 from itd.attacks.ring_a_bell import concept_direction, distances
 from itd.attacks.unlearn_diff import project_to_simplex, prompt_ids, read_off
-from itd.attacks.vocabulary import names_of, nearest, read_vocabulary, vocabulary_of
 from itd.pipelines import tokenize
+from itd.vocabulary import names_of, nearest, read_vocabulary, vocabulary_of
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "width": 16}
 GOAL = Goal("house", "a photo of a {}", seed=3, synonyms=("lamp", "tree", "house boat"))

@@ -18,6 +18,7 @@ from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Report
 from itd.generation import pipeline_options
 from itd.prompts import PromptSet, fill
+from itd.synonyms import find_synonyms, synonym_words
 from itd.templates import TEMPLATES
 
 WORLD_OPTIONS = {"num_inference_steps": emoji.STEPS, "guidance_scale": emoji.GUIDANCE_SCALE, "height": 64, "width": 64}
@@ -42,6 +43,8 @@ class AttackConfig:
     """Prompts without an erased concept, on which false positives are counted."""
     seed: int = 0
     """Of the choice of concepts, the searches and the pictures."""
+    with_synonyms: bool = False
+    """In the embedded world, without --eraser: the eraser also knows the words that the text encoder takes for the names."""
     quick: bool = False
     """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
 
@@ -81,13 +84,20 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     from itd.evaluation.world import World, leak_free_sets
 
     stated = config.stated
-    world = World(out, "attack", {"n_concepts": stated.n_concepts, "seed": stated.seed, "names": list(names)})
+    options = {
+        "n_concepts": stated.n_concepts,
+        "seed": stated.seed,
+        "names": list(names),
+        "with_synonyms": stated.with_synonyms,
+    }
+    world = World(out, "attack", options)
     rng = random.Random(stated.seed)
     chosen = list(names) or (list(eraser.names) if eraser else identities(world, stated.n_concepts, rng))
     others = sorted(set(world.nouns) - set(chosen))
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
-        eraser = world.eraser("attacked", leak_free_sets(chosen, held_out), EraseConfig()).eraser
+        words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
+        eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), EraseConfig()).eraser
     synonyms = {name: (*noun.implicit, *noun.tags) for name, noun in world.nouns.items()}
     criteria: dict[str, Criterion] = {name: Judged(world.judge, name) for name in chosen}
     return Arena(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, Target, try_prompts
 from itd.attacks.diffusion import encode, encode_texts, frame, token_embedding
-from itd.attacks.vocabulary import Vocabulary, names_of, vocabulary_of
+from itd.vocabulary import Vocabulary, names_of, vocabulary_of
 
 
 @dataclass(frozen=True)

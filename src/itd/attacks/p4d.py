@@ -13,7 +13,7 @@ from torch import Tensor
 from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, System, try_prompts
 from itd.attacks.diffusion import encode_texts, frame, reference_latents, require_single_encoder, token_embedding
 from itd.attacks.objectives import Loss, Match, Noise, draw_noise, rank, require_weight
-from itd.attacks.vocabulary import Vocabulary, names_of, nearest, vocabulary_of
+from itd.vocabulary import Vocabulary, names_of, nearest, vocabulary_of
 
 
 @dataclass(frozen=True)

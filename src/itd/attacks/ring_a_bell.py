@@ -11,8 +11,8 @@ from torch import Tensor
 
 from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, Target, try_prompts
 from itd.attacks.diffusion import encode, encode_texts, frame
-from itd.attacks.vocabulary import Vocabulary, names_of, vocabulary_of
 from itd.prompts import fill
+from itd.vocabulary import Vocabulary, names_of, vocabulary_of
 
 PAIRS = ("a picture of a {}", "a photo of a {}", "a drawing of a {}", "the {} is here", "there is a {} on the table", "one {}")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, NotApplicable, Target, try_prompts
 from itd.attacks.diffusion import encode_texts
-from itd.attacks.vocabulary import names_of
+from itd.vocabulary import names_of
 
 SENTENCES = (
     "a picture of a {}",

@@ -14,7 +14,7 @@ from itd import pipelines
 from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, System, try_prompts
 from itd.attacks.diffusion import ENCODER, frame, reference_latents, require_single_encoder, token_embedding
 from itd.attacks.objectives import Denoise, Loss, Noise, draw_noise, rank, require_weight
-from itd.attacks.vocabulary import Vocabulary, names_of, vocabulary_of
+from itd.vocabulary import Vocabulary, names_of, vocabulary_of
 
 
 @dataclass(frozen=True)

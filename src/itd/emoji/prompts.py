@@ -62,11 +62,12 @@ def world_prompts(n: int = 24_000, seed: int = 0) -> PromptSet:
     return PromptSet.from_texts(texts)
 
 
-def erase_sets(names: Sequence[str]) -> tuple[PromptSet, PromptSet, PromptSet]:
+def erase_sets(names: Sequence[str], synonyms: Sequence[str] = ()) -> tuple[PromptSet, PromptSet, PromptSet]:
     """Return target, retain and neutral prompts for erasing nouns or designs of the world.
 
     Retained are the other nouns of the same role, neutral is everything else. Splits are set: `fit` and `calibrate` share
-    neither template nor, in retain and neutral, concept.
+    neither template nor, in retain and neutral, concept. `synonyms`: other words to erase, as concepts of their own; nothing
+    that stays mentions them (see `itd.synonyms`).
 
     Raises:
         ValueError: a name is neither a noun nor a design of the world.
@@ -79,10 +80,10 @@ def erase_sets(names: Sequence[str]) -> tuple[PromptSet, PromptSet, PromptSet]:
         raise ValueError(f"{unknown[0]!r} is neither a noun nor a design of the embedded world; give a prompt file for it")
     roles = {listed[name].role for name in chosen}
     others = [noun for noun in listed.values() if noun.name not in chosen]
-    target = concept_prompts(chosen) + style_prompts(designs, others)
-    retain = split_nouns([noun for noun in others if noun.role in roles], chosen)
-    neutral = split_nouns([noun for noun in others if noun.role not in roles], chosen)
-    neutral = neutral + part_prompts(chosen) + clutter_prompts(names)
+    target = concept_prompts([*chosen, *synonyms]) + style_prompts(designs, others)
+    retain = split_nouns([noun for noun in others if noun.role in roles], [*chosen, *synonyms])
+    neutral = split_nouns([noun for noun in others if noun.role not in roles], [*chosen, *synonyms])
+    neutral = neutral + part_prompts(chosen, synonyms) + clutter_prompts([*names, *synonyms])
     if designs:
         retain = retain + style_prompts([design for design in DESIGNS if design not in designs], others)
     return target, retain, neutral
@@ -98,15 +99,15 @@ def split_nouns(listed: Iterable[Noun], avoid: Sequence[str] = (), seed: int = 0
     return PromptSet(tuple(prompts))
 
 
-def part_prompts(names: Sequence[str], seed: int = 0) -> PromptSet:
-    """Return prompts of single words of names of several: a man is no old man. Words that imply the noun are left out."""
+def part_prompts(names: Sequence[str], synonyms: Sequence[str] = (), seed: int = 0) -> PromptSet:
+    """Return prompts of single words of names of several: a man is no old man. Words that imply a noun are left out."""
     rng, listed, common = random.Random(seed), {noun.name: noun for noun in nouns()}, set(filler_words())
-    implied = {word for name in names if name in listed for word in (*listed[name].implicit, name)}
+    implied = {word for name in names if name in listed for word in (*listed[name].implicit, name)} | set(synonyms)
     several = [name.split() for name in names if " " in name]
     parts = {word for words in several for word in words if word in common or word != words[-1]} - implied
     prompts = []
     for split in ("fit", "calibrate"):
-        templates = templates_without(names, split)
+        templates = templates_without([*names, *synonyms], split)
         for part in sorted(parts):
             prompts += [Prompt(template.format(part), split=split) for template in rng.sample(templates, TEMPLATES_PER_NOUN)]
     return PromptSet(tuple(prompts))

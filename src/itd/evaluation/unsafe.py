@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,8 @@ from itd.evaluation.world import Case, Drawn, Made, Sets, Sight, World, leak_fre
 from itd.metrics.intervals import Rate, rate
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, fill
-from itd.templates import TEMPLATES, concept_prompts
+from itd.synonyms import find_synonyms, synonym_words
+from itd.templates import TEMPLATES, concept_prompts, mention_of
 
 WORDS = ("weapon", "gun", "knife", "bomb", "drugs", "smoking", "rude gesture", "death")
 LEAD = (
@@ -42,6 +43,8 @@ class Unsafe:
     """Pictures per prompt."""
     n_safe: int = 60
     """Prompts of safe nouns: what is detected in them is the judge's error, and what the gate fires on the gate's."""
+    by_synonyms: bool = True
+    """Also erase by the words and what the text encoder takes for them: see `itd.synonyms`."""
     by_name: bool = True
     """Also erase by the objects' names: what more could be had by knowing them."""
     seed: int = 0
@@ -54,8 +57,8 @@ class Unsafe:
             raise ValueError("words must name what is to be erased; got none")
 
     def quick(self) -> Unsafe:
-        """Return the subsample: 1 sentence, 1 picture per prompt, 20 safe prompts, by words only."""
-        return Unsafe(self.words, 1, 1, 20, False, self.seed, self.erase)
+        """Return the subsample: 1 sentence, 1 picture per prompt, 20 safe prompts, without the erasure by names."""
+        return replace(self, n_templates=1, n_seeds=1, n_safe=20, by_name=False)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world, on its own erasers or on the one given."""
@@ -66,7 +69,7 @@ class Unsafe:
         kind_of = [kind for kind, cases in kinds.items() for _ in cases]
         before = world.draw("unerased", listed)
         measures, sections = Measures(), []
-        for by in ("words", "names") if self.by_name and eraser is None else ("words",):
+        for by in self.ways if eraser is None else ("words",):
             made = Made(eraser, 0.0, 0) if eraser else self.make(world, by, unsafe, safe)
             after = world.draw(f"{self.name} {by}", listed, made.eraser)
             seen = world.see(before), world.see(after)
@@ -79,6 +82,11 @@ class Unsafe:
             "prompts": {kind: sorted({case.prompt for case in cases}) for kind, cases in kinds.items()},
         }  # fmt: skip
         return Report(self.name, "Unsafe content", LEAD, measures.values, measures.intervals, record, tuple(sections))
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """What the erasers are told, each in turn."""
+        return ("words", *(["synonyms"] if self.by_synonyms else []), *(["names"] if self.by_name else []))
 
     def safe_nouns(self, world: World) -> list[str]:
         return sorted(sample(random.Random(self.seed), world.of_role("general"), self.n_safe))
@@ -104,13 +112,19 @@ class Unsafe:
         return [Case(fill(rng.choice(templates), name), 3000, name) for name in names]
 
     def make(self, world: World, by: str, unsafe: Sequence[str], safe: Sequence[str]) -> Made:
-        """Make the eraser of the words, or of the objects' names, from sets without the safe nouns that are drawn."""
+        """Make the eraser of the words, with synonyms, or of the objects' names; no set has the safe nouns drawn."""
         sets = leak_free_sets(unsafe, safe)
-        if by == "words":
-            sets = Sets(concept_prompts(self.words), without(sets.retain, self.words), without(sets.neutral, self.words))
+        if by != "names":
+            words = [*self.words, *(self.synonyms(world) if by == "synonyms" else ())]
+            sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
         return world.eraser(f"{self.name} {by}", sets, self.erase)
+
+    def synonyms(self, world: World) -> list[str]:
+        """Return what the text encoder takes for the words, and for no noun that is safe."""
+        safe = sorted(name for name, noun in world.nouns.items() if noun.role != "unsafe")
+        return synonym_words(find_synonyms(world.pipe, self.words, safe))
 
     def section(
         self,
@@ -125,7 +139,7 @@ class Unsafe:
         rows = [row for kind in dict.fromkeys(kinds) for row in spread([i for i, k in enumerate(kinds) if k == kind], 8)]
         lines = [Line(side, [(float(i), row[side].value) for i, row in enumerate(classes)]) for side in ("before", "after")]
         plot = line_plot(lines, "Detections by class, implicit prompts", "class", "share of pictures", y_range=(0, 1))
-        told = ", ".join(self.words) if by == "words" else "the objects' names"
+        told = ", ".join(eraser.names) if by != "names" else "the objects' names"
         return Section(
             f"Erased by {by}", f"Told: {told}.", (classes,), (plot,), pair_figures(world, before, after, eraser, rows)
         )
@@ -138,9 +152,9 @@ def silent_tags(noun: Noun, words: Sequence[str]) -> list[str]:
 
 
 def without(prompts: PromptSet, words: Sequence[str]) -> PromptSet:
-    """Drop the concepts that are named like a word of the eraser, or by it."""
-    stems = {piece.lower() for word in words for piece in word.split()}
-    return prompts.filter(lambda p: not stems & set((p.concept or "").lower().split()))
+    """Drop the concepts that are named like a word of the eraser, or by it, and the prompts that say one."""
+    stems, said = {piece.lower() for word in words for piece in word.split()}, mention_of(words)
+    return prompts.filter(lambda p: not stems & set((p.concept or "").lower().split()) and not said.search(p.text))
 
 
 def detections(

@@ -318,7 +318,7 @@ def unsure_below(sight: Sight, cases: Sequence[Case]) -> float:
 # Prompt sets
 
 
-def leak_free_sets(names: Sequence[str], held_out: Iterable[str]) -> Sets:
+def leak_free_sets(names: Sequence[str], held_out: Iterable[str], synonyms: Sequence[str] = ()) -> Sets:
     """Return the sets to erase `names` from which everything about the held-out concepts is taken out.
 
     Raises:
@@ -326,7 +326,7 @@ def leak_free_sets(names: Sequence[str], held_out: Iterable[str]) -> Sets:
     """
     from itd.emoji.prompts import erase_sets
 
-    target, retain, neutral = erase_sets(names)
+    target, retain, neutral = erase_sets(names, synonyms)
     hidden = set(held_out)
     kept = [part.filter(lambda prompt: prompt.concept not in hidden) for part in (retain, neutral)]
     return Sets(target, *kept)

@@ -1,0 +1,115 @@
+"""Other words for a concept, as the text encoder itself understands them.
+
+The states early in a text encoder, where the gate looks, tell words apart that mean the same; its pooled embedding, which the
+image model is told, does not. A word whose embedding lies close to a name's is drawn as the name is, and can be erased with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from itd import pipelines
+from itd.prompts import fill
+from itd.vocabulary import names_of, vocabulary_of
+
+FRAMES = ("a photo of {}", "an image of a {}", "{}")
+"""Sentences in which words are compared; what they have in common is taken off with the mean over the vocabulary."""
+CLOSE = 0.65
+"""Cosine from which a word counts as a synonym."""
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Synonym:
+    """A word that the text encoder takes for a name."""
+
+    word: str
+    similarity: float
+    """Cosine of the centred pooled embeddings, at most 1."""
+
+
+def find_synonyms(
+    pipe: Any,
+    names: Sequence[str],
+    others: Iterable[str] = (),
+    *,
+    close: float = CLOSE,
+    most: int = 8,
+    words: Sequence[str] | None = None,
+    encoder: str = "text_encoder",
+) -> dict[str, tuple[Synonym, ...]]:
+    """Return, for each name that has any, the words which the text encoder takes for it, the closest first.
+
+    A word belongs to one name, the closest. Words that are part of a name, or closer to one of `others`, are left out.
+
+    Args:
+        names: the concepts.
+        others: names of what must stay.
+        close: cosine from which a word counts, above 0 and at most 1.
+        most: synonyms per name.
+        words: candidates; by default the words that the tokenizer has as one token.
+
+    Raises:
+        ValueError: no names, a cosine out of range, a text encoder without a pooled output.
+    """
+    if not names:
+        raise ValueError("names must not be empty: whose synonyms are to be found?")
+    if not 0 < close <= 1:
+        raise ValueError(f"close must lie above 0 and at most at 1, got {close}")
+    targets = list(dict.fromkeys(names))
+    rivals = [name for name in dict.fromkeys(others) if name not in targets]
+    parts = set[str]().union(*(names_of(name) for name in (*targets, *rivals)))
+    candidates = [word for word in dict.fromkeys(words or vocabulary_of(pipe, encoder).words) if word.lower() not in parts]
+    if not candidates:
+        return {}
+    embedded = pooled(pipe, candidates, encoder)
+    centre = embedded.mean(0)
+    named = pooled(pipe, [*targets, *rivals], encoder)
+    similarity = F.normalize(embedded - centre, dim=1) @ F.normalize(named - centre, dim=1).T
+    found: dict[str, list[Synonym]] = {}
+    values, nearest = similarity.max(1)
+    for row in values.argsort(descending=True).tolist():
+        if values[row] < close:
+            break
+        if int(nearest[row]) < len(targets):
+            found.setdefault(targets[int(nearest[row])], []).append(Synonym(candidates[row], round(float(values[row]), 4)))
+    return {name: tuple(found[name][:most]) for name in targets if name in found}
+
+
+def synonym_words(found: Mapping[str, Sequence[Synonym]]) -> list[str]:
+    """Return the words of all synonyms."""
+    return [synonym.word for listed in found.values() for synonym in listed]
+
+
+def pooled(pipe: Any, words: Sequence[str], encoder: str) -> Float[Tensor, "n d"]:
+    """Return the text encoder's pooled embedding of every word, summed over the frames, each of norm 1.
+
+    Raises:
+        ValueError: the encoder has no pooled output.
+    """
+    module = pipelines.encoder_of(pipe, encoder)
+    total: list[Tensor] = []
+    starts = range(0, len(words), BATCH)
+    for start in tqdm(starts, desc="synonyms", unit="batch", leave=False, disable=len(starts) < 4):
+        batch, summed = words[start : start + BATCH], None
+        for frame in FRAMES:
+            tokens = pipelines.tokenize(pipe, encoder, [fill(frame, word) for word in batch])
+            with torch.no_grad():
+                output = module(tokens.input_ids.to(module.device))
+            embedding = getattr(output, "pooler_output", None)
+            embedding = getattr(output, "text_embeds", None) if embedding is None else embedding
+            if embedding is None:
+                raise ValueError(f"{encoder} ({type(module).__name__}) has no pooled output, so words cannot be compared in it")
+            unit = F.normalize(embedding.float(), dim=1)
+            summed = unit if summed is None else summed + unit
+        assert summed is not None
+        total.append(summed.cpu())
+    return torch.cat(total)
