@@ -95,7 +95,7 @@ def pooled(pipe: Any, words: Sequence[str], encoder: str) -> Float[Tensor, "n d"
     Raises:
         ValueError: the encoder has no pooled output.
     """
-    module = pipelines.encoder_of(pipe, encoder)
+    module: Any = pipelines.encoder_of(pipe, encoder)
     total: list[Tensor] = []
     starts = range(0, len(words), BATCH)
     for start in tqdm(starts, desc="synonyms", unit="batch", leave=False, disable=len(starts) < 4):
