@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
@@ -91,6 +91,8 @@ class Demo(Command):
     """Train the autoencoder first instead of taking the one that is shipped."""
     full: bool = False
     """Erase 50 of the benchmark's 100 identities instead of the short tour."""
+    synonyms: bool = True
+    """In the short tour, also erase the words that the text encoder takes for the nouns' names."""
     seed: int = 0
     """Seed of the prompts and pictures."""
 
@@ -98,7 +100,7 @@ class Demo(Command):
         from itd.demo import DemoConfig, run_demo
 
         with run_folder(self, self.out / CONFIG):
-            result = run_demo(DemoConfig(self.out, self.identity, self.design, self.retrain, self.full, self.seed))
+            result = run_demo(DemoConfig(**{name.name: getattr(self, name.name) for name in fields(DemoConfig)}))
         print(result.table)
         print(f"page: {result.page}")
 

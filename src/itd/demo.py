@@ -29,6 +29,7 @@ from itd.erasing import calibration_of, erase
 from itd.explain import Check
 from itd.prompts import fill
 from itd.sae import SAE, SAEConfig
+from itd.synonyms import find_synonyms, synonym_words
 from itd.templates import TEMPLATES
 from itd.training import train
 
@@ -51,7 +52,9 @@ class DemoConfig:
     retrain: bool = False
     """Train the autoencoder first instead of using the shipped one."""
     full: bool = False
-    """Erase 50 of the benchmark's 100 identities, 5 seeds each, instead of the short tour."""
+    """Erase 50 of the benchmark's 100 identities, 5 seeds each, instead of the short tour. By their names alone."""
+    synonyms: bool = True
+    """In the tour, also erase the words that the text encoder takes for the nouns' names."""
     seed: int = 0
     """Seed of the prompts and pictures."""
 
@@ -221,9 +224,15 @@ def full_subjects(config: DemoConfig) -> list[Subject]:
 def run_subject(pipe: Any, judge: Judge, sae: SAE, subject: Subject, config: DemoConfig) -> Outcome:
     """Make the eraser of a subject, save it, and draw its cases before and after."""
     names = subject.nouns or (str(subject.design),)
-    eraser = erase(pipe, sae, emoji.HOOK_POINT, *erase_sets(names))
+    words = other_words(pipe, subject.nouns) if subject.nouns and config.synonyms and not config.full else []
+    eraser = erase(pipe, sae, emoji.HOOK_POINT, *erase_sets(names, words))
     eraser.save(config.out / "erasers" / subject.title.replace(" ", "-"))
     return draw(pipe, judge, subject, eraser, config)
+
+
+def other_words(pipe: Any, names: Sequence[str]) -> list[str]:
+    """Return the words that the text encoder takes for the names and for no other noun."""
+    return synonym_words(find_synonyms(pipe, names, [noun.name for noun in emoji.nouns()]))
 
 
 def run_together(pipe: Any, judge: Judge, outcomes: list[Outcome], config: DemoConfig) -> Outcome:
