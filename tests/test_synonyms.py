@@ -27,7 +27,7 @@ class Meanings(nn.Module):
         super().__init__()
         self.tokenizer, self.meaning = tokenizer, meaning
 
-    def forward(self, input_ids: torch.Tensor) -> Any:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         rows = [next(v for word, v in self.meaning.items() if word in text.split()) for text in texts]
         return SimpleNamespace(pooler_output=torch.tensor(rows))
@@ -72,6 +72,7 @@ def test_parts_of_a_name_are_no_synonyms(knowing: Any) -> None:
 def test_both_encoders_of_a_large_pipeline_compare_words(xl_pipe: Any) -> None:
     for encoder in ("text_encoder", "text_encoder_2"):
         found = find_synonyms(xl_pipe, ["house"], words=WORDS, close=0.001, encoder=encoder)
+        assert found["house"]
         assert all(isinstance(synonym, Synonym) for listed in found.values() for synonym in listed)
 
 
@@ -80,7 +81,7 @@ def test_bad_requests_are_refused_by_name(pipe: Any, knowing: Any) -> None:
         find_synonyms(pipe, [])
     with pytest.raises(ValueError, match=r"close must lie .* got 1\.5"):
         find_synonyms(pipe, ["house"], close=1.5)
-    knowing.text_encoder.forward = lambda ids: SimpleNamespace(last_hidden_state=torch.zeros(len(ids), 4, 3))
+    knowing.text_encoder.forward = lambda ids, **_: SimpleNamespace(last_hidden_state=torch.zeros(len(ids), 4, 3))
     with pytest.raises(ValueError, match="no pooled output"):
         find_synonyms(knowing, ["cat"], words=WORDS)
 

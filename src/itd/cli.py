@@ -100,7 +100,7 @@ class Demo(Command):
         from itd.demo import DemoConfig, run_demo
 
         with run_folder(self, self.out / CONFIG):
-            result = run_demo(DemoConfig(**{name.name: getattr(self, name.name) for name in fields(DemoConfig)}))
+            result = run_demo(DemoConfig(**{item.name: getattr(self, item.name) for item in fields(DemoConfig)}))
         print(result.table)
         print(f"page: {result.page}")
 

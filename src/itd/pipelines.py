@@ -100,6 +100,13 @@ def pad_rows(rows: Sequence[Sequence[int]], tokenizer: Any) -> Tokens:
     return Tokens(torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows]), None)
 
 
+def tokenize_short(pipe: Any, encoder: str, prompts: Sequence[str]) -> Tokens:
+    """Tokenize as the pipeline does, without the padding where that changes nothing."""
+    if not needs_no_padding(encoder_of(pipe, encoder)):
+        return tokenize(pipe, encoder, prompts)
+    return pad_rows(token_rows(pipe, encoder, prompts), tokenizer_of(pipe, encoder))
+
+
 def convert_prompt(pipe: Any, prompt: str, tokenizer: Any) -> str:
     """Expand textual-inversion tokens where the pipeline would."""
     convert = getattr(pipe, "maybe_convert_prompt", None)
@@ -158,9 +165,6 @@ def fingerprint(pipe: Any, site: HookPoint) -> Float[Tensor, " d_model"]:
 
     It is compared with tolerance, so a pipeline cast to half precision is still the same encoder.
     """
-    if needs_no_padding(encoder_of(pipe, site.encoder)):
-        tokens = pad_rows(token_rows(pipe, site.encoder, [PROBE]), tokenizer_of(pipe, site.encoder))
-    else:
-        tokens = tokenize(pipe, site.encoder, [PROBE])
+    tokens = tokenize_short(pipe, site.encoder, [PROBE])
     last = int(content_end(tokens.input_ids, tokenizer_of(pipe, site.encoder))[0]) - 1
     return activations(pipe, site, tokens)[0, last].float().cpu()

@@ -101,9 +101,10 @@ def pooled(pipe: Any, words: Sequence[str], encoder: str) -> Float[Tensor, "n d"
     for start in tqdm(starts, desc="synonyms", unit="batch", leave=False, disable=len(starts) < 4):
         batch, summed = words[start : start + BATCH], None
         for frame in FRAMES:
-            tokens = tokens_of(pipe, encoder, [fill(frame, word) for word in batch])
+            tokens = pipelines.tokenize_short(pipe, encoder, [fill(frame, word) for word in batch])
             with torch.no_grad():
-                output = module(tokens.input_ids.to(module.device))
+                mask = None if tokens.attention_mask is None else tokens.attention_mask.to(module.device)
+                output = module(tokens.input_ids.to(module.device), attention_mask=mask)
             embedding = getattr(output, "pooler_output", None)
             embedding = getattr(output, "text_embeds", None) if embedding is None else embedding
             if embedding is None:
@@ -113,10 +114,3 @@ def pooled(pipe: Any, words: Sequence[str], encoder: str) -> Float[Tensor, "n d"
         assert summed is not None
         total.append(summed.cpu())
     return torch.cat(total)
-
-
-def tokens_of(pipe: Any, encoder: str, texts: Sequence[str]) -> pipelines.Tokens:
-    """Tokenize as the pipeline does, without the padding where that changes nothing."""
-    if not pipelines.needs_no_padding(pipelines.encoder_of(pipe, encoder)):
-        return pipelines.tokenize(pipe, encoder, texts)
-    return pipelines.pad_rows(pipelines.token_rows(pipe, encoder, texts), pipelines.tokenizer_of(pipe, encoder))
