@@ -23,6 +23,7 @@ from itd.activations import record
 from itd.emoji.clip import VOCABULARY_FILES, clip_processor, tokenizer_texts, train_clip, train_tokenizer, train_vision
 from itd.emoji.data import DESIGNS, NAMES_SOURCE, SOURCES, WORDS_SOURCE, World, render_world
 from itd.emoji.judge import Judge, train_judge
+from itd.emoji.on_policy import train_on_policy
 from itd.emoji.stages import StageConfig
 from itd.emoji.unet import PoolConfig, build_pool, build_scheduler, train_latent_eye, train_unet
 from itd.emoji.vae import train_decoder, train_vae
@@ -48,6 +49,7 @@ class WorldConfig:
     judge: StageConfig
     latent_eye: StageConfig
     unet: StageConfig
+    unet_on_policy: StageConfig
     pool: PoolConfig
     sae: SAEConfig
     sae_training: TrainConfig
@@ -93,8 +95,8 @@ def filler(words: list[str], world: World) -> list[str]:
     return [word for word in words if len(word) > 1 and word not in said][:N_WORDS]
 
 
-def build_world(config: WorldConfig) -> None:
-    """Run every stage that is not done, then assemble and evaluate."""
+def build_world(config: WorldConfig, measured: bool = True) -> None:
+    """Run every stage that is not done, then assemble and, where it is to be `measured`, evaluate."""
     from itd.emoji.evaluate import evaluate_world
 
     world, words = fetch_world(config)
@@ -107,7 +109,8 @@ def build_world(config: WorldConfig) -> None:
     build_decoder_stage(world, vae, config)
     assemble(world, words, judge, config)
     train_sae(config)
-    evaluate_world(config)
+    if measured:
+        evaluate_world(config)
 
 
 def build_tokenizer(world: World, words: list[str], config: WorldConfig) -> CLIPTokenizer:
@@ -162,11 +165,15 @@ def text_tower(clip: CLIPModel) -> CLIPTextModel:
 def build_unet_stage(
     world: World, words: list[str], vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, config: WorldConfig
 ) -> UNet2DConditionModel:
-    if not (config.work / "unet").exists():
+    finished, first = config.work / "unet_on_policy", config.work / "unet"
+    if not finished.exists():
         pool = build_pool(world, words, vae, text_tower(clip), tokenizer, config.pool, config.work)
         eye = train_latent_eye(pool, len(world.nouns), config.latent_eye, config.work)
-        train_unet(pool, eye, config.unet, config.work)
-    return UNet2DConditionModel.from_pretrained(config.work / "unet", local_files_only=True).eval()
+        if not first.exists():
+            train_unet(pool, eye, config.unet, config.work)
+        unet = UNet2DConditionModel.from_pretrained(first, local_files_only=True)
+        train_on_policy(world, pool, eye, vae, unet, config.unet_on_policy, config.work)
+    return UNet2DConditionModel.from_pretrained(finished, local_files_only=True).eval()
 
 
 def assemble(world: World, words: list[str], judge: Judge, config: WorldConfig) -> None:
@@ -181,7 +188,7 @@ def assemble(world: World, words: list[str], judge: Judge, config: WorldConfig) 
     pipe = build(
         vae=AutoencoderKL.from_pretrained(work / "autoencoder", local_files_only=True).half(),
         text_encoder=text_tower(clip.float()).half(), tokenizer=tokenizer,
-        unet=UNet2DConditionModel.from_pretrained(work / "unet", local_files_only=True).half(),
+        unet=UNet2DConditionModel.from_pretrained(work / "unet_on_policy", local_files_only=True).half(),
         scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +240,7 @@ def train_sae(config: WorldConfig) -> None:
     sae.save(config.out / "sae", torch.float16)
 
 
-def quick(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
+def few_steps(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
     """Return a configuration of a few steps per stage, which shows that the recipe runs."""
 
     def few(stage: StageConfig) -> StageConfig:
@@ -242,5 +249,6 @@ def quick(config: WorldConfig, work: Path, out: Path) -> WorldConfig:
     return replace(
         config, vae=few(config.vae), decoder=few(config.decoder), eye=few(config.eye), clip=few(config.clip),
         vision=few(config.vision), judge=few(config.judge), latent_eye=few(config.latent_eye), unet=few(config.unet),
-        pool=PoolConfig(64, 16), sae_training=replace(config.sae_training, n_tokens=2048), work=work, out=out,
+        unet_on_policy=few(config.unet_on_policy), pool=PoolConfig(64, 16),
+        sae_training=replace(config.sae_training, n_tokens=2048), work=work, out=out,
     )  # fmt: skip

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 N_IDENTITIES = 100
-TRAINED = ("vae", "decoder", "eye", "clip", "vision", "judge", "latent_eye", "unet")
+TRAINED = ("vae", "decoder", "eye", "clip", "vision", "judge", "latent_eye", "unet", "unet_on_policy")
 PLAIN = ("a photo of {}", "an emoji of {}", "{}")
 SELECTION_SEED, TEST_SEED = 10_000, 20_000
 """Seeds of the generations that pick the benchmark's identities, and of those that are reported."""

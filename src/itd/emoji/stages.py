@@ -53,14 +53,18 @@ def run_stage(
     model: nn.Module,
     config: StageConfig,
     loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
+    average: nn.Module | None = None,
 ) -> nn.Module:
     """Train `model` on `loss_of(step)` and return it (its average where `ema_decay` is set), in eval mode.
 
+    `average`: a copy of `model` to keep the average in, for a loss that looks at it.
     Every step seeds torch with its own number, so a run that was stopped at any step and resumed ends with the same weights.
     """
-    average = copy.deepcopy(model) if config.ema_decay else model
+    if average is None:
+        average = copy.deepcopy(model) if config.ema_decay else model
     parameters, averaged = list(model.parameters()), list(average.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"{name}.checkpoint.safetensors"
     start, seconds = load_checkpoint(checkpoint, model, average, optimizer) if checkpoint.exists() else (0, 0.0)
     began = time.monotonic() - seconds
