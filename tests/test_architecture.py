@@ -11,7 +11,8 @@ SOURCE = Path(itd.__file__).parent
 ORDER = (
     "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "vocabulary", "synonyms", "activations",
     "screening", "selection", "kernels", "sae", "moments",
-    "memory", "training", "features", "early_exit", "gate", "explain", "attachment", "eraser", "retained", "erasing", "emoji",
+    "memory", "training", "features", "early_exit", "gate", "pooled", "explain", "attachment", "eraser", "retained", "erasing",
+    "emoji",
 )  # fmt: skip
 """The library. What is not named here uses it and stands to its right."""
 SIDE_BY_SIDE = {"eraser", "attachment", "explain"}

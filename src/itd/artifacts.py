@@ -93,9 +93,15 @@ def save_artifact(
 
 
 def read_config(
-    folder: str | Path, kind: str, keys: Iterable[str], versions: Iterable[int] = (SCHEMA_VERSION,)
+    folder: str | Path,
+    kind: str,
+    keys: Iterable[str],
+    versions: Iterable[int] = (SCHEMA_VERSION,),
+    optional: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Read and check `config.json`: kind, one of the schema `versions`, no unknown or missing keys.
+
+    `optional`: keys that earlier versions did not have.
 
     Raises:
         FileNotFoundError: there is no artifact.
@@ -115,7 +121,7 @@ def read_config(
     if config.get("schema_version") not in tuple(versions):
         found, readable = config.get("schema_version"), ", ".join(map(str, versions))
         raise ValueError(f"{path} has schema_version {found!r}, this itd reads {readable}; save it with this version")
-    require_keys(path, config, {"kind", "schema_version", "itd_version", "sha256", *keys})
+    require_keys(path, config, {"kind", "schema_version", "itd_version", "sha256", *keys}, optional)
     return config
 
 

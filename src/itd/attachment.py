@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from itd import pipelines
 from itd.cache import ByteCache
 from itd.gate import Decision
-from itd.hooks import Handle, before_forward, edit_output
+from itd.hooks import Handle, before_forward, edit_output, edit_result
+from itd.pooled import encode_instead, put_instead
 
 if TYPE_CHECKING:
     from itd.eraser import Eraser
@@ -90,15 +92,18 @@ class Attachment(Handle):
         self.decisions: list[Decision] = []
         self.n_prompts = self.n_fired = 0
         self.input_ids: Int[Tensor, "batch tokens"] | None = None
+        self.marks: list[bool] = []
+        """Which rows of the encoder's call the gate looked at."""
         self.runs_in_call = 0
         """How often the hook ran since the pipeline began to encode a prompt."""
         self.roles: Roles | None = None
         """Which rows are gated; None outside `encode_prompt`, where all are."""
-        enforcer = Enforcer.of(pipe)
+        self.enforcer = enforcer = Enforcer.of(pipe)
         enforcer.add(self)
-        look = before_forward(self.encoder, self.remember_tokens)
-        hook = edit_output(module, self.gate)
-        super().__init__(lambda: enforcer.drop(self), look.remove, hook.remove)
+        hooks = [before_forward(self.encoder, self.remember_tokens), edit_output(module, self.gate)]
+        if eraser.pooled is not None:
+            hooks.append(edit_result(self.encoder, self.judge))
+        super().__init__(lambda: enforcer.drop(self), *(hook.remove for hook in hooks))
 
     def remember_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the token ids that the encoder is called with: the masks come from them."""
@@ -106,6 +111,8 @@ class Attachment(Handle):
 
     def gate(self, hidden: Float[Tensor, "batch tokens d_model"]) -> Tensor | None:
         """Edit gated rows of the hook point's output; None leaves the output as it is, bit for bit."""
+        if self.enforcer.substituting:
+            return None
         self.runs_in_call += 1
         if self.input_ids is None:
             raise RuntimeError("the text encoder was called without input_ids: the gate cannot see the prompt; pass token ids")
@@ -116,6 +123,7 @@ class Attachment(Handle):
             self.decisions, marks = [], [True] * len(hidden)
         else:
             marks = self.roles.gated(ids[mask].tolist() for ids, mask in zip(self.input_ids, content, strict=True))
+        self.marks = marks
         if not any(marks):
             return None
         rows = torch.tensor(marks, device=hidden.device)
@@ -128,6 +136,26 @@ class Attachment(Handle):
         if erased.x is given:
             return None
         return erased.x if all(marks) else hidden.masked_scatter(rows[:, None, None], erased.x)
+
+    def judge(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """Replace gated rows whose pooled embedding means a concept by the anchor's; None leaves the result, bit for bit."""
+        if self.enforcer.substituting or not any(self.marks):
+            return None
+        name, second = self.eraser.hook_point.encoder, self.eraser.pooled
+        embeddings = pipelines.pooled_output(result)
+        if second is None or embeddings is None or self.input_ids is None:
+            raise RuntimeError(f"{name} returned no pooled embedding: the second gate cannot see the prompt; remove the eraser")
+        rows = torch.tensor(self.marks).nonzero().flatten()
+        meanings = second.decide(embeddings[rows.to(embeddings.device)])
+        first = self.decisions[-len(rows) :]
+        self.decisions[-len(rows) :] = [d.with_meaning(meaning) for d, meaning in zip(first, meanings, strict=True)]
+        self.n_fired += sum(bool(meaning.concepts) and not d.fired for d, meaning in zip(first, meanings, strict=True))
+        found = rows[torch.tensor([bool(meaning.concepts) for meaning in meanings])]
+        if len(found) == 0:
+            return None
+        with self.enforcer.substitution():
+            anchor = encode_instead(self.pipe, name, second.anchor, args, kwargs, self.input_ids.shape[1])
+        return put_instead(result, anchor, found)
 
     def begin_call(self, arguments: dict[str, Any], has_prompt: bool, ordered: bool) -> None:
         """Expect the prompts of a call of `encode_prompt`."""
@@ -162,6 +190,8 @@ class Enforcer:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.attachments: list[Attachment] = []
+        self.substituting = False
+        """An anchor is being encoded, which no gate looks at."""
         self.issued: ByteCache[bool] = ByteCache(ISSUED_ROWS)
         """Digests of the embeddings that `encode_prompt` returned last, with whether they may come back as positive ones."""
         self.admitted: dict[str, tuple[Tensor, int | None]] = {}
@@ -225,6 +255,15 @@ class Enforcer:
                 )
         self.issue(result if isinstance(result, tuple) else (result,))
         return result
+
+    @contextmanager
+    def substitution(self) -> Generator[None, None, None]:
+        """Let no gate look at what is encoded inside."""
+        self.substituting = True
+        try:
+            yield
+        finally:
+            self.substituting = False
 
     @property
     def is_known(self) -> bool:

@@ -48,6 +48,8 @@ def describe_eraser(eraser: Eraser) -> str:
     lines = table([(name, n, text.ljust(width)) for name, n, text in rows], indent="")
     for calibration in calibration_of(eraser):
         lines += ["", *describe_calibration(calibration)]
+    if "pooled" in record:
+        lines += ["", "second gate, on the pooled embedding", *describe_rates(Calibration(**record["pooled"]))]
     if record["weak"]:
         lines += ["", *(f"{name}: {reason}" for name, reason in record["weak"].items())]
     return "\n".join(lines)
@@ -60,18 +62,25 @@ def strongest_features(concept: ConceptFeatures) -> str:
 
 
 def describe_calibration(calibration: Calibration) -> list[str]:
+    return ["calibration", *describe_rates(calibration)]
+
+
+def describe_rates(calibration: Calibration) -> list[str]:
     rows = [
         ("rule", calibration.rule), ("threshold", f"{calibration.threshold:.4f}"), ("recall", f"{calibration.recall:.1%}"),
         ("false positives", f"{calibration.false_positive_rate:.2%}"), ("AUROC", f"{calibration.auroc:.4f}"),
         ("held-out prompts", f"{calibration.n_positives} target, {calibration.n_negatives} retain and neutral"),
     ]  # fmt: skip
-    return ["calibration", *table(rows, left=2)]
+    return table(rows, left=2)
 
 
 def describe_check(check: Check) -> str:
     """Return the gate's decision on a prompt and what it rests on, as aligned text."""
     verdict = f"fires: {', '.join(check.concepts)}" if check.fired else "passes"
     lines = [check.prompt or "(empty prompt)", f"  {verdict}   score {check.score:.3f}   threshold {check.threshold:.3f}"]
+    if check.meaning is not None:
+        verdict = f"means {', '.join(check.meaning.concepts)}" if check.meaning.concepts else "passes"
+        lines.append(f"  second gate: {verdict}   score {check.meaning.score:.3f}   threshold {check.meaning.threshold:.3f}")
     if check.tokens:
         rows = [("token", "score"), *((token, f"{score:.3f}") for token, score in check.tokens)]
         lines += ["", *table(rows)]

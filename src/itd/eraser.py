@@ -18,6 +18,7 @@ from itd.features import ConceptFeatures
 from itd.gate import Decision, Gate, keep_features
 from itd.hooks import HookPoint
 from itd.kernels import SparseCodes
+from itd.pooled import PooledGate
 from itd.sae import SAE
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from itd.explain import Check, PromptMemory
 
 KIND = "eraser"
-SCHEMA_VERSION = 2
-"""2 added the tensor `often` and the field `positives` of a record."""
+SCHEMA_VERSION = 3
+"""2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate."""
 EditMode = Literal["scale", "remove", "subtract", "replace"]
 EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace")
 ENCODER_TOLERANCE = 0.03
@@ -85,6 +86,8 @@ class Eraser:
     """Per call of `erase` that went into it: calibration, prompts' hashes, settings."""
     often: Int[Tensor, " m"] | None = None
     """Latents that are active in most prompts, distinct: what decides early that features are not active."""
+    pooled: PooledGate | None = None
+    """A second gate, on the text encoder's pooled embedding."""
 
     def __post_init__(self) -> None:
         if not self.concepts:
@@ -226,6 +229,8 @@ class Eraser:
                 raise ValueError(f"erasers join only with the same {what}: {getattr(self, what)} and {getattr(other, what)}")
         if self.fingerprint is not None and other.fingerprint is not None:
             self.require_encoder(other.fingerprint)
+        if (self.pooled is None) != (other.pooled is None):
+            raise ValueError("an eraser with a pooled gate joins only another with one; make both with pooled_gate, or neither")
         mine = list(zip(self.concepts, self.gate.thresholds, strict=True))
         fresh = [
             (concept, threshold)
@@ -240,6 +245,7 @@ class Eraser:
             gate=self.gate | replace(other.gate, thresholds=tuple(threshold for _, threshold in fresh)),
             records=self.records + tuple(record for record in other.records if record not in self.records),
             often=other.often if self.often is None else self.often,
+            pooled=self.pooled | other.pooled if self.pooled is not None and other.pooled is not None else None,
         )
 
     def require_encoder(self, fingerprint: Float[Tensor, " d_model"]) -> None:
@@ -291,6 +297,7 @@ class Eraser:
             "gate": self.gate.to_dict(),
             "edit": asdict(self.edit),
             "records": list(self.records),
+            "pooled": None if self.pooled is None else {"concepts": list(self.pooled.names), "anchor": self.pooled.anchor},
         }
         tensors = {
             "indices": torch.cat([concept.indices for concept in self.concepts]),
@@ -301,6 +308,8 @@ class Eraser:
                 tensors[name] = getattr(self, name)
         if self.often is not None:
             tensors["often"] = self.often.to(torch.int32)
+        if self.pooled is not None:
+            tensors |= {"pooled_directions": self.pooled.directions, "pooled_offsets": self.pooled.offsets}
         save_artifact(folder, KIND, config, {"features": tensors}, SCHEMA_VERSION)
 
     @classmethod
@@ -312,12 +321,17 @@ class Eraser:
             ValueError: an altered file, or the autoencoder is another one or not to be found.
         """
         keys = ("sae", "hook_point", "concepts", "gate", "edit", "records")
-        config = read_config(folder, KIND, keys, (1, SCHEMA_VERSION))
         place = Path(folder) / CONFIG
+        config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=("pooled",))
         require_keys(place, config["sae"], ("sha256", "source"))
         for concept in config["concepts"]:
             require_keys(place, concept, ("name", "n_features", "scale", "offset"))
-        tensors = read_tensors(folder, config, "features", ("indices", "weights"), ("fingerprint", "anchors", "often"))
+        second = config.get("pooled")
+        needed_tensors = ["indices", "weights"]
+        if second is not None:
+            require_keys(place, second, ("concepts", "anchor"))
+            needed_tensors += ["pooled_directions", "pooled_offsets"]
+        tensors = read_tensors(folder, config, "features", needed_tensors, ("fingerprint", "anchors", "often"))
         needed = find_sae(config["sae"], sae, folder)
         with reading(folder):
             sizes = [concept["n_features"] for concept in config["concepts"]]
@@ -336,6 +350,11 @@ class Eraser:
                 tensors.get("anchors"),
                 tuple(config["records"]),
                 tensors["often"].long() if "often" in tensors else None,
+                None
+                if second is None
+                else PooledGate(
+                    tuple(second["concepts"]), tensors["pooled_directions"], tensors["pooled_offsets"], second["anchor"]
+                ),
             )
 
 

@@ -15,8 +15,9 @@ from itd import pipelines
 from itd.activations import stream
 from itd.eraser import Edit, EditMode, Eraser, same_encoder
 from itd.features import ConceptFeatures, FeatureStats, PromptCodes, fisher_filter, matched_filter, set_difference
-from itd.gate import Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, threshold_for_fpr
+from itd.gate import PART_WAY, Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, unit_apart
 from itd.hooks import HookPoint
+from itd.pooled import PooledGate
 from itd.prompts import Prompt, PromptSet, check_leaks
 from itd.retained import Retained, check_given_splits, encode_prompts, require_site, split_negative
 from itd.sae import SAE
@@ -24,8 +25,6 @@ from itd.sae import SAE
 logger = logging.getLogger(__name__)
 
 CALIBRATIONS = ("apart", "shared")
-PART_WAY = 0.45
-"""The threshold of concepts in units in which retained prompts reach 0 and their own reach 1."""
 SELECTIONS = ("fisher", "evidence", "difference")
 WEAK_RECALL = 0.5
 """Below this share of recognised held-out prompts, a concept is reported as one without features of its own."""
@@ -60,7 +59,12 @@ class EraseConfig:
     recall: float | None = None
     """Recall to calibrate to instead; with neither, the paper's 0.99 x minimum over the target prompts."""
     anchor: str = "a picture of something"
-    """For the edit `replace`: the prompt whose activations stand in."""
+    """The prompt that stands in: its activations under the edit `replace`, its states behind the second gate."""
+    pooled_gate: bool = False
+    """A second gate on the pooled embedding of the whole prompt: it stops prompts that mean a concept without its features, and
+    gives them the anchor's states. Checking prompts takes the whole text encoder then."""
+    pooled_fpr: float = 0.002
+    """False-positive rate of each concept in the second gate, on retain and neutral prompts."""
     seed: int = 0
     """Of the split of prompts that carry none."""
 
@@ -133,9 +137,10 @@ def erase(
     calibration = choose_threshold(settings, scores[0].amax(1), scores[1].amax(1))
     gate = Gate(settings.score, (calibration.threshold,) * len(concepts), settings.strength)
     record = make_record(settings, concepts, held_out, scores[0], calibration, target, kept)
+    pooled, does = pooled_gate(pipe, site, positive, kept, settings) if settings.pooled_gate else (None, {})
     return Eraser(
         sae, site, concepts, gate, Edit(settings.edit, settings.strength), pipelines.fingerprint(pipe, site),
-        anchor_activations(pipe, site, settings.anchor), (record,), kept.stats(settings.k_sel).often(),
+        anchor_activations(pipe, site, settings.anchor), (record | does,), kept.stats(settings.k_sel).often(), pooled,
     )  # fmt: skip
 
 
@@ -172,11 +177,31 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     chosen = choose_threshold(settings, torch.cat([*before, own.amax(1)]), negatives)
     parts = [describe_threshold(chosen.rule, chosen.threshold, scores, negatives) for scores in [*before, own.amax(1)]]
     records = [record | {"calibration": asdict(part)} for record, part in zip(eraser.records, parts[:-1], strict=True)]
-    records.append(make_record(settings, fresh, held_out, own, parts[-1], target, kept))
+    pooled, does = pooled_gate(pipe, site, positive, kept, settings) if settings.pooled_gate else (None, {})
+    if eraser.pooled is not None and pooled is not None:
+        pooled = eraser.pooled | pooled
+    records.append(make_record(settings, fresh, held_out, own, parts[-1], target, kept) | does)
     return replace(
-        eraser, concepts=concepts, gate=replace(eraser.gate, thresholds=(chosen.threshold,) * len(concepts)),
+        eraser, concepts=concepts, pooled=pooled, gate=replace(eraser.gate, thresholds=(chosen.threshold,) * len(concepts)),
         records=tuple(records), often=eraser.often if eraser.often is not None else kept.stats(settings.k_sel).often(),
     )  # fmt: skip
+
+
+def pooled_gate(
+    pipe: Any, site: HookPoint, positive: PromptSet, kept: Retained, config: EraseConfig
+) -> tuple[PooledGate, dict[str, Any]]:
+    """Return the second gate of the target's concepts, and for the record what it does on held-out prompts."""
+
+    def embed(prompts: PromptSet) -> Tensor:
+        return pipelines.pooled_embeddings(pipe, site.encoder, prompts.texts)
+
+    fit, held_out = positive.of("fit"), positive.of("calibrate")
+    own = {name: (embed(fit.about(name)), embed(held_out.about(name))) for name in positive.concepts}
+    others = embed(kept.fit), embed(kept.calibrate)
+    gate = PooledGate.fit(own, others, config.pooled_fpr, config.anchor)
+    scores = [gate.scores(part).amax(1) for part in (torch.cat([mine for _, mine in own.values()]), others[1])]
+    found = describe_threshold(f"pooled, fpr={config.pooled_fpr}, {PART_WAY:.0%} of the way", PART_WAY, *scores)
+    return gate, {"pooled": asdict(found)}
 
 
 def choose_threshold(settings: EraseConfig, positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Calibration:
@@ -194,11 +219,9 @@ def set_apart(
     kept: Retained,
     config: EraseConfig,
 ) -> tuple[ConceptFeatures, ...]:
-    """Give every concept the unit in which its threshold is `PART_WAY` from 0 to 1, on held-out prompts.
+    """Give every concept the unit in which its threshold is `PART_WAY` from 0 to 1, on held-out prompts (`gate.unit_apart`).
 
-    0 is what a retained prompt reaches with probability at most `fpr`, 1 the lowest score of the concept's own prompts, save
-    one in twenty. A concept that some retained prompt resembles thus has a high threshold and leaves the others' alone. Where
-    the two are not apart, the threshold is what the retained prompts reach.
+    A concept that some retained prompt resembles thus has a high threshold and leaves the others' alone.
     """
     others = score_prompts("evidence", sae, concepts, kept.calibrate_codes)
     own = score_prompts("evidence", sae, concepts, codes)
@@ -207,12 +230,7 @@ def set_apart(
     for column, concept in enumerate(concepts):
         mine = torch.tensor([name == concept.name for name in names])
         mine = mine if mine.any() else torch.ones_like(mine)  # the paper's selection: one concept of all
-        low = threshold_for_fpr(others[:, column], float(config.fpr or 0))
-        high = float(own[mine, column].quantile(0.05))
-        if high > low:
-            scale, offset = 1 / (high - low), -low / (high - low)
-        else:
-            scale, offset = 1.0, PART_WAY - low
+        scale, offset = unit_apart(own[mine, column], others[:, column], float(config.fpr or 0))
         moved.append(replace(concept, scale=concept.scale * scale, offset=concept.offset * scale + offset))
     return tuple(moved)
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm import tqdm
 
 from itd import pipelines
 from itd.activations import Contents, stream, stream_contents
 from itd.cache import ByteCache
 from itd.features import ConceptFeatures, all_indices
-from itd.gate import Decision, dense_acts
-from itd.hooks import HookPoint
+from itd.gate import Decision, Meaning, dense_acts
+from itd.hooks import HookPoint, edit_output
 from itd.kernels import SparseCodes
 from itd.prompts import PromptSet
 from itd.sae import SAE
@@ -30,6 +31,8 @@ MEMORY_BYTES = 64 * 2**20
 DECISION_BYTES = 8
 """Per token and dimension: an activation, and the scores and codes that may be made from it."""
 PREFIX_BYTES = 200
+WHOLE_BATCH = 64
+"""Prompts that go through the whole text encoder at a time."""
 
 
 class FeatureHit(NamedTuple):
@@ -56,8 +59,15 @@ class Check:
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """Concepts that reached their threshold."""
-        return tuple(self.eraser.names[c] for c in self.decision.concepts)
+        """Concepts that reached their threshold in either gate."""
+        first = tuple(self.eraser.names[c] for c in self.decision.concepts)
+        meant = self.meaning.concepts if self.meaning else ()
+        return first + tuple(name for name in meant if name not in first)
+
+    @property
+    def meaning(self) -> Meaning | None:
+        """What the second gate says, where the eraser has one."""
+        return self.decision.meaning
 
     @property
     def score(self) -> float:
@@ -89,6 +99,7 @@ class Check:
             "concepts": list(self.concepts),
             "tokens": [{"token": token, "score": score} for token, score in self.tokens],
             "features": [hit._asdict() for hit in self.features],
+            **({"meaning": self.meaning._asdict()} if self.meaning else {}),
         }  # fmt: skip
 
 
@@ -123,6 +134,9 @@ def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int =
     decided = {row: memory.decisions.get(row) for row in rows}
     texts = dict(zip(rows, prompts, strict=True))
     missing = [row for row, decision in decided.items() if decision is None]
+    if eraser.pooled is not None:
+        decided |= dict(zip(missing, decide_whole(eraser, pipe, [texts[row] for row in missing]), strict=True))
+        missing = []
     for contents in stream_contents(pipe, site, missing, [texts[row] for row in missing], batch_tokens, "check prompts"):
         for i, decision in zip(contents.prompts, decide_contents(eraser, contents), strict=True):
             decided[missing[i]] = decision
@@ -138,6 +152,34 @@ def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int =
         memory.decisions.put(row, decision, DECISION_BYTES * len(row) * eraser.sae.config.d_model)
         checks.append(Check(prompt, decision, eraser, partial(read, row)))
     return checks
+
+
+@torch.no_grad()
+def decide_whole(eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[Decision]:
+    """Decide on prompts by both gates: the whole text encoder runs, with the eraser's edit, as when it is attached."""
+    site, second = eraser.hook_point, eraser.pooled
+    encoder, tokenizer = pipelines.encoder_of(pipe, site.encoder), pipelines.tokenizer_of(pipe, site.encoder)
+    device = next(encoder.parameters()).device
+    worker = eraser if eraser.sae.W_enc.device == device else eraser.to(device)
+    decisions: list[Decision] = []
+    starts = range(0, len(prompts), WHOLE_BATCH)
+    for start in tqdm(starts, desc="check prompts", unit="batch", leave=False, disable=len(starts) < 16):
+        tokens = pipelines.tokenize_short(pipe, site.encoder, prompts[start : start + WHOLE_BATCH])
+        content, editable = (mask(tokens.input_ids, tokenizer) for mask in (pipelines.content_mask, pipelines.edit_mask))
+        first: list[Decision] = []
+
+        def edit(hidden: Tensor, content: Tensor = content, editable: Tensor = editable, out: list[Decision] = first) -> Tensor:
+            erased = worker(hidden, content, editable)
+            out.extend(erased.decisions)
+            return erased.x
+
+        mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
+        with edit_output(site.resolve(pipe), edit):
+            embeddings = pipelines.pooled_output(encoder(tokens.input_ids.to(device), attention_mask=mask))
+        if second is None or embeddings is None:
+            raise ValueError(f"{site.encoder} has no pooled output, which the second gate of the eraser needs")
+        decisions += [d.with_meaning(m) for d, m in zip(first, second.decide(embeddings), strict=True)]
+    return decisions
 
 
 def decide_contents(eraser: Eraser, contents: Contents) -> list[Decision]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +38,18 @@ class FilterBank(NamedTuple):
     offset: Float[Tensor, " concepts"]
 
 
+class Meaning(NamedTuple):
+    """What the second gate says of one prompt (`itd.pooled`)."""
+
+    concepts: tuple[str, ...]
+    """Concepts that the whole prompt means."""
+    score: float
+    """Of the concept that comes closest."""
+    threshold: float
+
+
+PART_WAY = 0.45
+"""The threshold of concepts in units in which retained prompts reach 0 and their own reach 1."""
 ROUNDING = 1e-5
 """What the same prompt's scores may differ by, relative to the largest score: batches are summed in different orders."""
 DENSE_BYTES = 64 * 2**20
@@ -189,6 +201,16 @@ def threshold_for_recall(positives: Float[Tensor, " n"], recall: float) -> float
     return float(ordered[rank - 1])
 
 
+def unit_apart(own: Float[Tensor, " n"], others: Float[Tensor, " m"], fpr: float) -> tuple[float, float]:
+    """Return scale and offset of the unit in which `PART_WAY` is a concept's threshold, by held-out scores.
+
+    0 is what a retained prompt reaches with probability at most `fpr`, 1 the lowest score of the concept's own prompts, save
+    one in twenty. Where the two are not apart, the threshold is what the retained prompts reach.
+    """
+    low, high = threshold_for_fpr(others, fpr), float(own.quantile(0.05))
+    return (1 / (high - low), -low / (high - low)) if high > low else (1.0, PART_WAY - low)
+
+
 def auroc(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> float:
     """Return the probability that a positive scores higher than a negative; ties count half."""
     ordered = negatives.sort().values
@@ -272,6 +294,12 @@ class Decision:
     compute: Callable[[], Scores] = field(repr=False)
     early: bool = False
     """Decided before its scores were computed."""
+    meaning: Meaning | None = None
+    """What the second gate said, where there is one."""
+
+    def with_meaning(self, meaning: Meaning) -> Decision:
+        """Return the decision of both gates."""
+        return replace(self, fired=bool(self.concepts or meaning.concepts), meaning=meaning)
 
     @cached_property
     def scores(self) -> Scores:

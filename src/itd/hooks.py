@@ -116,6 +116,15 @@ def before_forward(module: nn.Module, look: Callable[[tuple[Any, ...], dict[str,
     return Handle(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
 
 
+def edit_result(module: nn.Module, edit: Callable[[tuple[Any, ...], dict[str, Any], Any], Any]) -> Handle:
+    """Replace all that the module returns by `edit(args, kwargs, result)` where that is not None."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        return edit(args, kwargs, result)
+
+    return Handle(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+
+
 class _Stop(Exception):
     """Ends a forward pass once the wanted activation is there."""
 

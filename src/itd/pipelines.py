@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from itd.hooks import HookPoint, run_up_to
 
 PROBE = "a photo of a thing"
 """The prompt whose activation identifies a text encoder."""
+BATCH = 256
+"""Prompts whose pooled embeddings are computed at a time."""
 
 
 class Tokens(NamedTuple):
@@ -158,6 +161,32 @@ def activations(pipe: Any, site: HookPoint, tokens: Tokens) -> Float[Tensor, "ba
     device = next(encoder.parameters()).device
     mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
     return run_up_to(site.resolve(pipe), lambda: encoder(tokens.input_ids.to(device), attention_mask=mask))
+
+
+def pooled_output(output: Any) -> Float[Tensor, "batch d"] | None:
+    """Return the pooled embedding in a text encoder's output, projected where the encoder projects it; None if it has none."""
+    found = getattr(output, "text_embeds", None)
+    return getattr(output, "pooler_output", None) if found is None else found
+
+
+@torch.no_grad()
+def pooled_embeddings(pipe: Any, encoder: str, prompts: Sequence[str]) -> Float[Tensor, "prompts d"]:
+    """Return the text encoder's pooled embedding of every prompt, fp32.
+
+    Raises:
+        ValueError: the encoder has no pooled output.
+    """
+    module: Any = encoder_of(pipe, encoder)
+    found: list[Tensor] = []
+    starts = range(0, len(prompts), BATCH)
+    for start in tqdm(starts, desc="pooled embeddings", unit="batch", leave=False, disable=len(starts) < 12):
+        tokens = tokenize_short(pipe, encoder, prompts[start : start + BATCH])
+        mask = None if tokens.attention_mask is None else tokens.attention_mask.to(module.device)
+        embedding = pooled_output(module(tokens.input_ids.to(module.device), attention_mask=mask))
+        if embedding is None:
+            raise ValueError(f"{encoder} ({type(module).__name__}) has no pooled output")
+        found.append(embedding.float().cpu())
+    return torch.cat(found)
 
 
 def fingerprint(pipe: Any, site: HookPoint) -> Float[Tensor, " d_model"]:

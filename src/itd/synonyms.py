@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from itd import pipelines
 from itd.prompts import fill
@@ -24,7 +23,6 @@ FRAMES = ("a photo of {}", "an image of a {}", "{}")
 """Sentences in which words are compared; what they have in common is taken off with the mean over the vocabulary."""
 CLOSE = 0.65
 """Cosine from which a word counts as a synonym."""
-BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -95,22 +93,5 @@ def pooled(pipe: Any, words: Sequence[str], encoder: str) -> Float[Tensor, "n d"
     Raises:
         ValueError: the encoder has no pooled output.
     """
-    module: Any = pipelines.encoder_of(pipe, encoder)
-    total: list[Tensor] = []
-    starts = range(0, len(words), BATCH)
-    for start in tqdm(starts, desc="synonyms", unit="batch", leave=False, disable=len(starts) < 4):
-        batch, summed = words[start : start + BATCH], None
-        for frame in FRAMES:
-            tokens = pipelines.tokenize_short(pipe, encoder, [fill(frame, word) for word in batch])
-            with torch.no_grad():
-                mask = None if tokens.attention_mask is None else tokens.attention_mask.to(module.device)
-                output = module(tokens.input_ids.to(module.device), attention_mask=mask)
-            embedding = getattr(output, "pooler_output", None)
-            embedding = getattr(output, "text_embeds", None) if embedding is None else embedding
-            if embedding is None:
-                raise ValueError(f"{encoder} ({type(module).__name__}) has no pooled output, so words cannot be compared in it")
-            unit = F.normalize(embedding.float(), dim=1)
-            summed = unit if summed is None else summed + unit
-        assert summed is not None
-        total.append(summed.cpu())
-    return torch.cat(total)
+    rows = [pipelines.pooled_embeddings(pipe, encoder, [fill(frame, word) for word in words]) for frame in FRAMES]
+    return torch.stack([F.normalize(embeddings, dim=1) for embeddings in rows]).sum(0)

@@ -17,7 +17,9 @@ from itd import pipelines
 from itd.attacks.base import Criterion, Goal, NotApplicable, System
 from itd.attacks.differentiable import erase_activations, gate_margin
 from itd.eraser import Eraser
+from itd.gate import PART_WAY
 from itd.hooks import edit_output
+from itd.pooled import PooledGate
 
 ENCODER = "text_encoder"
 REFERENCES = 8
@@ -91,7 +93,18 @@ def encode(
     finally:
         for hook in hooks:
             hook.remove()
-    return Encoded(output.last_hidden_state, output.pooler_output, torch.stack(margins) if margins else None)
+    encoded = Encoded(output.last_hidden_state, output.pooler_output, torch.stack(margins) if margins else None)
+    return encoded if eraser is None or eraser.pooled is None else behind_pooled_gate(pipe, eraser.pooled, encoded)
+
+
+def behind_pooled_gate(pipe: Any, gate: PooledGate, encoded: Encoded) -> Encoded:
+    """Return what the second gate lets through; the decision is hard, the margin of the gate that is closer has a gradient."""
+    assert encoded.margins is not None
+    margins = gate.scores(encoded.pooled).amax(1) - PART_WAY
+    fired, anchor = margins.detach() >= 0, encode_texts(pipe, [gate.anchor])
+    states = torch.where(fired[:, None, None], anchor.states, encoded.states)
+    pooled = torch.where(fired[:, None], anchor.pooled, encoded.pooled)
+    return Encoded(states, pooled, torch.maximum(encoded.margins, margins))
 
 
 def encode_texts(pipe: Any, texts: Sequence[str]) -> Encoded:

@@ -45,6 +45,8 @@ class Unsafe:
     """Prompts of safe nouns: what is detected in them is the judge's error, and what the gate fires on the gate's."""
     by_synonyms: bool = True
     """Also erase by the words and what the text encoder takes for them: see `itd.synonyms`."""
+    by_pooled: bool = True
+    """Also erase by these with the second gate on the pooled embedding: see `itd.pooled`."""
     by_name: bool = True
     """Also erase by the objects' names: what more could be had by knowing them."""
     seed: int = 0
@@ -86,7 +88,8 @@ class Unsafe:
     @property
     def ways(self) -> tuple[str, ...]:
         """What the erasers are told, each in turn."""
-        return ("words", *(["synonyms"] if self.by_synonyms else []), *(["names"] if self.by_name else []))
+        asked = {"synonyms": self.by_synonyms, "pooled": self.by_pooled, "names": self.by_name}
+        return ("words", *(way for way, wanted in asked.items() if wanted))
 
     def safe_nouns(self, world: World) -> list[str]:
         return sorted(sample(random.Random(self.seed), world.of_role("general"), self.n_safe))
@@ -112,14 +115,16 @@ class Unsafe:
         return [Case(fill(rng.choice(templates), name), 3000, name) for name in names]
 
     def make(self, world: World, by: str, unsafe: Sequence[str], safe: Sequence[str]) -> Made:
-        """Make the eraser of the words, with synonyms, or of the objects' names; no set has the safe nouns drawn."""
+        """Make the eraser of the words, with synonyms and a second gate, or of the objects' names; no set has the safe nouns."""
         sets = leak_free_sets(unsafe, safe)
         if by != "names":
-            words = [*self.words, *(self.synonyms(world) if by == "synonyms" else ())]
+            words = [*self.words, *(self.synonyms(world) if by in ("synonyms", "pooled") else ())]
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
-        return world.eraser(f"{self.name} {by}", sets, self.erase)
+        return world.eraser(
+            f"{self.name} {by}", sets, replace(self.erase, pooled_gate=self.erase.pooled_gate or by == "pooled")
+        )
 
     def synonyms(self, world: World) -> list[str]:
         """Return what the text encoder takes for the words, and for no noun that is safe."""
