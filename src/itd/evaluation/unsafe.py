@@ -115,16 +115,15 @@ class Unsafe:
         return [Case(fill(rng.choice(templates), name), 3000, name) for name in names]
 
     def make(self, world: World, by: str, unsafe: Sequence[str], safe: Sequence[str]) -> Made:
-        """Make the eraser of the words, with synonyms and a second gate, or of the objects' names; no set has the safe nouns."""
+        """Make the eraser of the words, with synonyms and a second gate, or of the objects' names, without the safe nouns."""
         sets = leak_free_sets(unsafe, safe)
         if by != "names":
             words = [*self.words, *(self.synonyms(world) if by in ("synonyms", "pooled") else ())]
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
-        return world.eraser(
-            f"{self.name} {by}", sets, replace(self.erase, pooled_gate=self.erase.pooled_gate or by == "pooled")
-        )
+        settings = replace(self.erase, pooled_gate=True) if by == "pooled" else self.erase
+        return world.eraser(f"{self.name} {by}", sets, settings)
 
     def synonyms(self, world: World) -> list[str]:
         """Return what the text encoder takes for the words, and for no noun that is safe."""
