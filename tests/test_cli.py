@@ -24,6 +24,7 @@ from itd import SAE, ActivationStore, EraseConfig, Eraser, PromptSet, TrainConfi
 from itd.cli import main
 from itd.emoji.data import Noun
 from itd.erasing import PRESETS
+from itd.gate import PART_WAY
 from itd.templates import TEMPLATES
 from itd.training import PAPER_TRAINING, Trainer
 
@@ -260,6 +261,20 @@ def test_erase_says_what_it_found(made: Path, tmp_path: Path, capsys: pytest.Cap
     numbers = (f"{calibration['threshold']:.4f}", f"{calibration['n_positives']} target")
     for word in ("house", "64", "rule", "fpr=0.002", "AUROC", *numbers):
         assert word in out
+
+
+def test_a_second_gate_is_made_on_demand_and_speaks_in_check(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    again = ["erase", "--config", str(made / "house" / "command.json"), "--pooled-gate", "--out", str(tmp_path / "guarded")]
+    assert main(again) == 0
+    assert "second gate, on the pooled embedding" in capsys.readouterr().out
+    check = ["check", "--model", model, "--eraser", str(tmp_path / "guarded"), "a photo of a house"]
+    assert main(check) == 0
+    assert "  second gate: " in capsys.readouterr().out
+    assert main([*check, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["meaning"]["threshold"] == PART_WAY
 
 
 def test_a_concept_without_features_of_its_own_is_reported(
