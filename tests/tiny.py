@@ -118,7 +118,7 @@ def make_sae(pipe: Any, site: HookPoint = SITE) -> SAE:
     recorded = record(pipe, site, prompts_of(*NOUNS))
     config = SAEConfig(D_MODEL, n_latents=256, k=8)
     generator = torch.Generator().manual_seed(5)
-    weights = initial_weights(recorded, config, TrainConfig())
+    weights = initial_weights(recorded, config, TrainConfig(init="data", whiten=True))
     for name, scale in {"W_enc": 0.02, "b_enc": 0.1, "b_dec": 0.1}.items():
         weights[name] = weights[name] + scale * torch.randn(weights[name].shape, generator=generator)
     return SAE(config, **weights, hook_point=site)

@@ -46,7 +46,7 @@ class Ours:
 
 def settings_for(problem: Problem) -> TrainConfig:
     n_tokens = problem.n_steps * problem.tokens
-    settings = TrainConfig(n_tokens=n_tokens, batch_tokens=problem.tokens, whiten=False, moments="int8")
+    settings = TrainConfig(n_tokens=n_tokens, batch_tokens=problem.tokens, init="data", moments="int8")
     return replace(settings, lr=1e-2, warmup_steps=problem.warmup_steps)
 
 

@@ -139,7 +139,7 @@ class Train(Command):
     """Train a sparse autoencoder on stored activations. Goes on from its last checkpoint where it was stopped."""
 
     presets: ClassVar[Mapping[str, Values]] = {
-        "default": {"n_latents": 16_384, "k": 32, **asdict(TrainConfig())},
+        "default": {"n_latents": 16_384, "k": 64, **asdict(TrainConfig())},
         "paper": {"n_latents": SAEConfig.n_latents, "k": SAEConfig.k, **asdict(PAPER_TRAINING)},
     }
 
@@ -151,7 +151,7 @@ class Train(Command):
     """Where the other values come from: `default` is ours, `paper` follows the publication."""
     n_latents: int = 16_384
     """Rows of encoder and decoder."""
-    k: int = 32
+    k: int = 64
     """Latents that may be active at a position."""
     settings: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 

@@ -136,7 +136,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 def retrain(pipe: Any, out: Path) -> SAE:
     """Record the world's prompts and train an autoencoder like the shipped one."""
     store = record(pipe, emoji.HOOK_POINT, world_prompts(), out / "activations")
-    settings = SAEConfig(store.d_model, n_latents=16_384, k=32)
+    settings = SAEConfig(store.d_model, n_latents=16_384, k=64)
     return train(store, settings, out=out / "training").save(out / "sae")
 
 

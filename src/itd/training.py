@@ -42,25 +42,26 @@ START_ROWS = 1024
 class TrainConfig:
     """How an autoencoder is trained. The defaults are ours; `PAPER_TRAINING` is the publication's."""
 
-    n_tokens: int = 600_000
+    n_tokens: int = 700_000
     """Activations seen in all, with repetition."""
     batch_tokens: int = 1024
     """Activations per step."""
-    lr: float = 1e-3
-    """Peak learning rate of Adam."""
+    lr: float = 6e-3
+    """Peak learning rate of Adam, for runs of some hundred steps; longer ones want a smaller one."""
     warmup_steps: int = 30
     """Steps over which the learning rate rises to its peak."""
     decay: Literal["linear", "none"] = "linear"
     """Whether the learning rate falls to zero over the run."""
     weighting: Literal["unique", "sqrt", "count"] = "sqrt"
     """How often an activation is drawn that occurred w times in the prompts: equally, with sqrt(w), or with w."""
-    whiten: bool = True
-    """Measure the error in units of each direction's own variance. Directions with little variance, as those that tell
-    nouns apart, then count as much as the few that make up most of it. `fvu` is measured without it."""
+    whiten: bool = False
+    """Measure the error in units of each direction's own variance, so that directions with little of it count as much as the
+    few that make up most of it. Worth trying with a small k, which has to leave much out. `fvu` is measured without it."""
     relative_rates: bool = True
     """Scale every parameter's learning rate by its own starting size, so that an encoder that starts small stays on course."""
-    init: Literal["data", "random"] = "data"
-    """Decoder rows start at activations (scaled so that the first reconstruction fits) or at random directions."""
+    init: Literal["data", "random"] = "random"
+    """Decoder rows start at random directions, or at activations, and the encoder so that the first reconstruction fits.
+    Activations explain more at first, but the k largest of them are much alike, which some hundred steps do not undo."""
     k_aux: int = 256
     """Dead latents that reconstruct the residual; 0 switches AuxK off."""
     aux_weight: float = 1 / 32

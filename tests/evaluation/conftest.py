@@ -26,7 +26,7 @@ def world_sae(tokenizer: CLIPTokenizer, tmp_path_factory: pytest.TempPathFactory
     names = [noun.name for noun in build_nouns()]
     store = record(pipe, SITE, PromptSet.from_names(names, ("a {}", "my {}", "a photo of a {}")))
     config = SAEConfig(D_MODEL, 128, 8)
-    sae = SAE(config, **initial_weights(store, config, TrainConfig()), hook_point=SITE)
+    sae = SAE(config, **initial_weights(store, config, TrainConfig(init="data", whiten=True)), hook_point=SITE)
     return sae.save(tmp_path_factory.mktemp("world") / "sae")
 
 

@@ -89,7 +89,7 @@ class MiniLM:
     """Captions, and typed prompts, per split at most."""
     max_tokens: int = 96
     """Where prompts are cut."""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(n_tokens=1_200_000))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(n_tokens=1_200_000, lr=1e-3, init="data", whiten=True))
     """How the autoencoders are trained."""
     seed: int = 0
     """Of the splits."""
