@@ -162,6 +162,36 @@ def test_padding_has_no_part_in_the_decision_and_content_has() -> None:
     assert [decision.score for decision in eraser(moved, content, editable).decisions][1:] != plain[1:]
 
 
+@pytest.mark.parametrize("mode", ["scale", "remove", "subtract"])
+def test_only_the_strongest_features_are_edited_where_some_are_asked_for(mode: EditMode) -> None:
+    """As if the concepts had only those; the gate still decides by all."""
+    x, content, editable = batch()
+    few, everything = make(edit=Edit(mode, -3.0, 3)), make(edit=Edit(mode, -3.0))
+    erased = few(x, content, editable)
+    assert [d.concepts for d in erased.decisions] == [d.concepts for d in everything(x, content, editable).decisions]
+    for row, decision in enumerate(erased.decisions):
+        strongest = {
+            int(index)
+            for c in decision.concepts
+            for index in few.concepts[c].indices[few.concepts[c].weights.argsort(descending=True)[:3]]
+        }
+        if strongest:
+            expected = keep_begin(naive_edit(SAE_, mode, strongest, x[row], -3.0), x[row])
+            torch.testing.assert_close(erased.x[row][editable[row]], expected[editable[row]], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(erased.x, everything(x, content, editable).x)
+
+
+def test_more_features_to_edit_than_there_are_edit_all() -> None:
+    x, content, editable = batch()
+    assert torch.equal(make(edit=Edit(n_features=1000))(x, content, editable).x, make(edit=Edit())(x, content, editable).x)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_an_edit_of_no_feature_is_an_error(n: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 1 feature of a concept, or None for all; got {n}"):
+        Edit(n_features=n)
+
+
 def test_padding_is_edited_with_its_prompt() -> None:
     eraser, (x, content, editable) = make().with_edit("scale"), batch()
     erased = eraser(x, content, editable)
@@ -324,6 +354,14 @@ def test_an_eraser_reads_back_and_erases_alike(saved: SAE, tmp_path: Path) -> No
         assert loaded.fingerprint is not None
         assert torch.equal(loaded.fingerprint, PROBE)
         assert torch.equal(loaded(*batch()).x, made(*batch()).x)
+
+
+def test_an_eraser_of_an_earlier_version_edits_all_features(saved: SAE, tmp_path: Path) -> None:
+    made = make(sae=saved, edit=Edit("subtract", -3.0, 2))
+    made.save(tmp_path / "eraser")
+    assert Eraser.load(tmp_path / "eraser").edit == made.edit
+    edit_config(tmp_path / "eraser", schema_version=2, edit={"mode": "subtract", "strength": -3.0})
+    assert Eraser.load(tmp_path / "eraser").edit == Edit("subtract", -3.0)
 
 
 def test_an_eraser_without_fingerprint_and_anchors_reads_back(saved: SAE, tmp_path: Path) -> None:

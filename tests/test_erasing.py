@@ -348,7 +348,8 @@ def test_nan_activations_are_an_error(pipe: Any, sae: SAE, site: HookPoint) -> N
         ({"selection": "typo"}, r"selection must be one of \('fisher', 'evidence', 'difference'\), got 'typo'"),
         ({"calibration": "typo"}, r"calibration must be one of \('apart', 'shared'\), got 'typo'"),
         ({"n_features": 0}, "n_features and k_sel must be at least 1, got 0 and 128"),
-        ({"k_sel": -1}, "n_features and k_sel must be at least 1, got 64 and -1"),
+        ({"k_sel": -1}, "n_features and k_sel must be at least 1, got 256 and -1"),
+        ({"n_edited": 0}, "n_edited must be at least 1, or None for all features; got 0"),
     ],
 )
 def test_settings_out_of_range_are_errors(changes: dict[str, Any], message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ from benchmarks.rivals.task import Rival, Task, draw_in_batches
 from itd import pipelines
 from itd.attacks.differentiable import edit_prompt, token_scores
 from itd.attacks.diffusion import ENCODER
-from itd.eraser import Edit, EditMode, Eraser
+from itd.eraser import Edit, Eraser
+from itd.erasing import PRESETS
 from itd.hooks import edit_output
 
+OURS = PRESETS["default"]
 EDITS: dict[str, Edit] = {
     "paper": Edit("scale", -8.0),
-    "remove": Edit("remove", 0.0),
-    "subtract": Edit("subtract", -3.0),
-    "replace": Edit("replace", -3.0),
+    "remove": Edit("remove", 0.0, OURS.n_edited),
+    "subtract": Edit("subtract", OURS.strength, OURS.n_edited),
+    "replace": Edit("replace", OURS.strength, OURS.n_edited),
 }
 """Edits by the name that the table gives them."""
 
@@ -43,14 +45,8 @@ class GateAndEdit:
         return f"{self.gate.name} + {self.edit}"
 
     def __call__(self, task: Task) -> Rival:
-        edit = EDITS[self.edit]
-        mode: EditMode = edit.mode
-        return Gated(
-            self.name,
-            task,
-            task.once(repr(self.gate), lambda: self.gate(task)),
-            make_eraser(task).with_edit(mode, edit.strength),
-        )
+        editor = replace(make_eraser(task), edit=EDITS[self.edit])
+        return Gated(self.name, task, task.once(repr(self.gate), lambda: self.gate(task)), editor)
 
 
 @dataclass(frozen=True, eq=False)

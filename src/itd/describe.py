@@ -174,7 +174,9 @@ def sae_rows(config: dict[str, Any]) -> list[tuple[str, str]]:
 def eraser_rows(config: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("concepts", ", ".join(f"{c['name']} ({c['n_features']} features)" for c in config["concepts"]))]
     rows += [("hook point", config["hook_point"]), ("autoencoder", config["sae"]["source"])]
-    rows.append(("edit", f"{config['edit']['mode']}, strength {config['edit']['strength']:g}"))
+    edit, n_edited = config["edit"], config["edit"].get("n_features")
+    which = "all features" if n_edited is None else f"{n_edited} features a concept"
+    rows.append(("edit", f"{edit['mode']}, strength {edit['strength']:g}, {which}"))
     rows.append(("score", config["gate"]["score"]))
     for record in config["records"]:
         calibrated = record["calibration"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itd.artifacts import CONFIG, read_config, read_tensors, reading, require_keys, save_artifact
 from itd.early_exit import EarlyExit
-from itd.features import ConceptFeatures
+from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, Gate, keep_features
 from itd.hooks import HookPoint
 from itd.kernels import SparseCodes
@@ -42,14 +42,21 @@ class Edit:
     remove:   x' = x - sum_{j in c} acts_j W_dec[j]
     subtract: x' = x + (strength - 1) sum_{j in c} acts_j W_dec[j]; keeps the autoencoder's error
     replace:  tokens that name the concept take an anchor's activation, the others are edited as by `subtract`
+
+    c: the features of a concept, or the `n_features` of them with the largest weights. Many features tell a concept from its
+    neighbours; to edit the few that are most its own spares whatever else the prompt names.
     """
 
     mode: EditMode = "subtract"
     strength: float = -3.0
+    n_features: int | None = None
+    """Features of each concept that are edited; None: all."""
 
     def __post_init__(self) -> None:
         if self.mode not in EDITS:
             raise ValueError(f"edit must be one of {EDITS}, got {self.mode!r}")
+        if self.n_features is not None and self.n_features < 1:
+            raise ValueError(f"an edit needs at least 1 feature of a concept, or None for all; got {self.n_features}")
 
     @property
     def factor(self) -> float:
@@ -175,14 +182,17 @@ class Eraser:
         """Edit one gated prompt by the features of the concepts that fired."""
         hidden = x.float()
         codes = self.codes_of(hidden, content, editable, decision.scores.codes)
-        fired = [self.concepts[c] for c in decision.concepts]
-        indices = torch.cat([concept.indices for concept in fired]).unique()
-        written = self.sae.write(keep_features(codes, ConceptFeatures("", indices, torch.ones(len(indices)))))
+        written = self.sae.write(keep_features(codes, self.edited_features(decision.concepts)))
         base = self.sae.decode(codes) if self.edit.mode == "scale" else hidden
         edited = base + self.edit.factor * written
         if self.edit.mode == "replace":
             edited = self.put_anchors(edited, content, decision)
         return torch.where(editable[:, None], edited, hidden).to(x.dtype)
+
+    def edited_features(self, concepts: Sequence[int]) -> ConceptFeatures:
+        """Return the features that the edit of some concepts changes, each with weight 1."""
+        indices = all_indices([self.concepts[c].strongest(self.edit.n_features) for c in concepts])
+        return ConceptFeatures("", indices, torch.ones(len(indices)))
 
     def codes_of(
         self, x: Float[Tensor, "tokens d_model"], content: Tensor, editable: Tensor, known: SparseCodes
@@ -213,8 +223,8 @@ class Eraser:
         return replace(self, sae=self.sae.to(device))
 
     def with_edit(self, mode: EditMode, strength: float | None = None) -> Eraser:
-        """Return a copy that edits differently; gate and features stay."""
-        return replace(self, edit=Edit(mode, self.edit.strength if strength is None else strength))
+        """Return a copy that edits differently; gate and features stay, and which of them are edited."""
+        return replace(self, edit=Edit(mode, self.edit.strength if strength is None else strength, self.edit.n_features))
 
     def __or__(self, other: Eraser) -> Eraser:
         """Erase what either erases. No training: more concepts are more features.

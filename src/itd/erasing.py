@@ -36,9 +36,9 @@ class EraseConfig:
 
     selection: Literal["fisher", "evidence", "difference"] = "fisher"
     """Filter per concept with the covariance of its features, or without; or the paper's set difference over all concepts."""
-    n_features: int = 64
+    n_features: int = 256
     """Features per concept, for `fisher` and `evidence`."""
-    shrinkage: float = 0.3
+    shrinkage: float = 0.02
     """How far the covariance is drawn towards its diagonal, for `fisher`."""
     eps: float = 0.01
     """Variance floor of the matched filter, as a share of the largest variance, for `evidence`."""
@@ -50,6 +50,8 @@ class EraseConfig:
     """What is done to a gated prompt; `scale` is the paper's."""
     strength: float = -3.0
     """What the features' acts are multiplied by: 1 leaves, 0 removes."""
+    n_edited: int | None = 16
+    """Features of each concept that are edited, those with the largest weights; all of them decide. None edits all."""
     calibration: Literal["apart", "shared"] = "apart"
     """`apart`: every concept has its own threshold, nearly half-way from what retained prompts reach to its own prompts;
     for the score `evidence` and a false-positive rate. `shared`: one threshold for all concepts, at the rate itself."""
@@ -75,6 +77,8 @@ class EraseConfig:
             raise ValueError(f"calibration must be one of {CALIBRATIONS}, got {self.calibration!r}")
         if self.n_features < 1 or self.k_sel < 1:
             raise ValueError(f"n_features and k_sel must be at least 1, got {self.n_features} and {self.k_sel}")
+        if self.n_edited is not None and self.n_edited < 1:
+            raise ValueError(f"n_edited must be at least 1, or None for all features; got {self.n_edited}")
 
     @property
     def is_apart(self) -> bool:
@@ -85,7 +89,13 @@ class EraseConfig:
 PRESETS: dict[str, EraseConfig] = {
     "default": EraseConfig(),
     "paper": EraseConfig(
-        selection="difference", score="reconstruction", edit="scale", strength=-8.0, calibration="shared", fpr=None
+        selection="difference",
+        score="reconstruction",
+        edit="scale",
+        strength=-8.0,
+        n_edited=None,
+        calibration="shared",
+        fpr=None,
     ),
 }
 """`default` is ours; `paper` follows the publication, with its inconsistencies resolved (docs/differences.md)."""
@@ -139,7 +149,7 @@ def erase(
     record = make_record(settings, concepts, held_out, scores[0], calibration, target, kept)
     pooled, does = pooled_gate(pipe, site, positive, kept, settings) if settings.pooled_gate else (None, {})
     return Eraser(
-        sae, site, concepts, gate, Edit(settings.edit, settings.strength), pipelines.fingerprint(pipe, site),
+        sae, site, concepts, gate, Edit(settings.edit, settings.strength, settings.n_edited), pipelines.fingerprint(pipe, site),
         anchor_activations(pipe, site, settings.anchor), (record | does,), kept.stats(settings.k_sel).often(), pooled,
     )  # fmt: skip
 

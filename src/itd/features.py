@@ -46,6 +46,13 @@ class ConceptFeatures:
         same = (self.name, self.scale, self.offset) == (other.name, other.scale, other.offset)
         return same and torch.equal(self.indices, other.indices) and torch.equal(self.weights, other.weights)
 
+    def strongest(self, n: int | None) -> ConceptFeatures:
+        """Return the `n` features with the largest weights, or all."""
+        if n is None or n >= len(self):
+            return self
+        keep = self.weights.topk(n).indices.sort().values
+        return ConceptFeatures(self.name, self.indices[keep], self.weights[keep], self.scale, self.offset)
+
     def spread(self, indices: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return the weights at `indices`, 0 where this concept has no such feature."""
         weights = torch.zeros(len(indices))

@@ -97,8 +97,7 @@ def edit_prompt(
     `named`: which content tokens name a concept; the edit `replace` puts the anchor there.
     """
     sae, codes = eraser.sae, encode(eraser.sae, x)
-    indices = torch.cat([eraser.concepts[c].indices for c in concepts]).unique()
-    part = written(sae, codes, ConceptFeatures("", indices, torch.ones(len(indices))))
+    part = written(sae, codes, eraser.edited_features(concepts))
     base = written(sae, codes) + sae.b_dec if eraser.edit.mode == "scale" else x
     edited = base + eraser.edit.factor * part
     if eraser.edit.mode == "replace":
