@@ -75,6 +75,14 @@ def test_a_scene_takes_both_nouns_in_the_nearest_design(targets, world, vae, des
     assert torch.allclose(found, drawn, atol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_captions_that_leave_nothing_open_are_drawn_as_often_as_asked(pool, share):
+    torch.manual_seed(0)
+    rows = pool.choose(3000, named_share=share)
+    assert set(pool.named) == {NAMED_SINGLE}
+    assert np.mean(rows == NAMED_SINGLE) == pytest.approx(share + (1 - share) / 3, abs=0.03)
+
+
 class Knowing:
     """Predicts the velocity to one image exactly, and notes what it was asked."""
 

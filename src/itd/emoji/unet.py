@@ -79,19 +79,26 @@ class Pool:
     ) -> None:
         self.image_latents, self.image, self.states, self.labels = image_latents, image, states, labels
         self.empty = empty
+        left, right, design, _ = labels.T
+        self.named = np.flatnonzero((left == right) & (design != UNSAID))
+        """Captions that leave nothing open: of a single noun in a named design there is one image."""
 
-    def draw(self, n: int, drop: float = 0.1) -> Examples:
+    def draw(self, n: int, drop: float = 0.1, named_share: float = 0.0) -> Examples:
         """Draw images and what is said of them; a share `drop` of the prompts is empty (for guidance)."""
-        index = self.choose(n)
+        index = self.choose(n, named_share)
         image_latents, labels = self.images(index)
         states = torch.from_numpy(self.states[index]).float()
         dropped = torch.rand(n) < drop
         states[dropped], labels[dropped] = self.empty, UNSAID
         return Examples(image_latents, states, labels)
 
-    def choose(self, n: int) -> np.ndarray:
-        """Return random rows of the captions."""
-        return torch.randint(len(self.image), (n,)).numpy()
+    def choose(self, n: int, named_share: float = 0.0) -> np.ndarray:
+        """Return random rows of the captions, a share of them from those that name one noun and its design."""
+        rows = torch.randint(len(self.image), (n,)).numpy()
+        if not named_share or not len(self.named):
+            return rows
+        named = self.named[torch.randint(len(self.named), (n,)).numpy()]
+        return np.where(torch.rand(n).numpy() < named_share, named, rows)
 
     def images(self, index: np.ndarray) -> tuple[Float[Tensor, "n 16 8 8"], Int[Tensor, "n 4"]]:
         """Return image latents and labels of some captions."""
