@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 HOOK_POINT = HookPoint("text_encoder", "encoder.layers.1")
-GUIDANCE_SCALE = 4.0
+GUIDANCE_SCALE = 3.0
 STEPS = 25
 
 
