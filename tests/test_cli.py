@@ -257,9 +257,10 @@ def test_the_eraser_tells_the_concept_from_the_others(made: Path, pipe: Any) -> 
 def test_erase_says_what_it_found(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["erase", "--config", str(made / "house" / "command.json"), "--out", str(tmp_path / "again")]) == 0
     out = capsys.readouterr().out
-    calibration = Eraser.load(made / "house").records[0]["calibration"]
+    eraser = Eraser.load(made / "house")
+    calibration = eraser.records[0]["calibration"]
     numbers = (f"{calibration['threshold']:.4f}", f"{calibration['n_positives']} target")
-    for word in ("house", "64", "rule", "fpr=0.002", "AUROC", *numbers):
+    for word in ("house", str(len(eraser.concepts[0])), "rule", "fpr=0.002", "AUROC", *numbers):
         assert word in out
 
 
@@ -511,9 +512,11 @@ def test_a_stopped_generation_keeps_what_it_drew(
 
 
 def test_info_describes_what_it_is_shown(made: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    n_features = len(Eraser.load(made / "house").concepts[0])
     expected = {
         "acts": ("activations", str(SITE), "itd record --config"), "run": ("itd train", "n_latents"),
-        "run/sae": ("sae", "fvu", str(SITE)), "house": ("eraser", "house (64 features)", "fpr=0.002"),
+        "run/sae": ("sae", "fvu", str(SITE)),
+        "house": ("eraser", f"house ({n_features} features)", "16 features a concept", "fpr=0.002"),
     }  # fmt: skip
     for folder, words in expected.items():
         assert main(["info", str(made / folder)]) == 0

@@ -70,7 +70,8 @@ def test_an_open_design_is_the_one_nearest_to_what_was_drawn(targets, pool, desi
 @pytest.mark.parametrize("design", [0, 1])
 def test_a_scene_takes_both_nouns_in_the_nearest_design(targets, world, vae, design):
     stickers = premultiply(world.rgba)
-    drawn = encode_images(vae, paste(side_by_side(stickers[[design]], stickers[[2 + design]]), background_colors()[[SHADE]]))
+    scenes = paste(side_by_side(stickers[:2], stickers[2:]), background_colors()[[SHADE, SHADE]])
+    drawn = encode_images(vae, scenes)[[design]]
     found = targets.nearest(np.array([OPEN_SCENE]), drawn)
     assert torch.allclose(found, drawn, atol=1e-5)
 
