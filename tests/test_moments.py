@@ -14,7 +14,7 @@ ROWS = torch.arange(64)
 def stored(value: Tensor, name: Any, kind: Any, dither: Tensor | None = None) -> Tensor:
     """Write rows and read them back."""
     moments = zero_moments(value, kind)
-    write_moments(name, moments, ROWS, value, torch.zeros_like(ROWS) if dither is None else dither)
+    write_moments(name, moments, ROWS, value.clone(), torch.zeros_like(ROWS) if dither is None else dither)
     return read_moments(name, moments, ROWS)
 
 
@@ -59,7 +59,7 @@ def test_rounding_second_moments_keeps_their_mean(kind: Any) -> None:
     value = torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) + 0.5
     nearest = torch.ones(64, 8, dtype=torch.bfloat16)
     moments = zero_moments(value, kind)
-    write_moments("second", moments, ROWS, value, ROWS * 1021 % DITHER)
+    write_moments("second", moments, ROWS, value.clone(), ROWS * 1021 % DITHER)
     start = float(read_moments("second", moments, ROWS).mean())
     for step in range(200):
         grown = read_moments("second", moments, ROWS) * 1.001
@@ -67,3 +67,15 @@ def test_rounding_second_moments_keeps_their_mean(kind: Any) -> None:
         nearest = (nearest.float() * 1.001).bfloat16()
     assert float(nearest.float().mean()) == 1.0
     assert float(read_moments("second", moments, ROWS).mean()) == pytest.approx(start * 1.001**200, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+@pytest.mark.parametrize("dither", [0, 1, DITHER // 2, DITHER - 2, DITHER - 1])
+def test_no_dither_takes_the_largest_of_a_row_past_the_last_step(name: Any, dither: int) -> None:
+    value = torch.rand(64, 12, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-32, 32)[:, None]
+    if name == "first":
+        value[:, 1::2] *= -1
+    back = stored(value, name, "int8", torch.full_like(ROWS, dither))
+    largest = value.abs().argmax(1, keepdim=True)
+    assert torch.allclose(back.gather(1, largest), value.gather(1, largest), rtol=1e-5)
+    assert ((back - value).abs().amax(1) <= 2 / 127 * value.abs().amax(1)).all()

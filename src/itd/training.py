@@ -340,8 +340,8 @@ class Trainer:
 
         Source: Kingma and Ba 2015, algorithm 1.
         """
-        first = read_moments("first", self.first[name], rows) * (BETA1 ** (age - 1)).to(grad.dtype)
-        second = read_moments("second", self.second[name], rows) * (BETA2 ** (age - 1)).to(grad.dtype)
+        first = read_moments("first", self.first[name], rows).mul_((BETA1 ** (age - 1)).to(grad.dtype))
+        second = read_moments("second", self.second[name], rows).mul_((BETA2 ** (age - 1)).to(grad.dtype))
         value = self.weights[name].index_select(0, rows) if value is None else value
         adam(
             [value], [grad], [first], [second], [], [torch.tensor(float(step))], fused=True, amsgrad=False, beta1=BETA1,
