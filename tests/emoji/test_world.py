@@ -113,5 +113,21 @@ def test_the_tokenizer_is_the_same_from_the_files_that_transformers_4_reads(part
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_words_around_a_caption_come_as_often_as_asked(share):
     source, rng = CaptionSource(emoji.nouns(), ["qwerty"], noise_share=share), random.Random(0)
-    ends = [re.search(r"^qwerty|qwerty$", source.dress("a cat", None, None, rng), re.IGNORECASE) for _ in range(50)]
+    ends = [re.search(r"^qwerty|qwerty$", source.frame("a cat", rng), re.IGNORECASE) for _ in range(50)]
     assert sum(map(bool, ends)) == share * 50
+
+
+def test_sentences_around_a_noun_keep_its_name_and_fill_every_gap():
+    source, rng = CaptionSource(emoji.nouns(), ["qwerty"], sentence_share=1.0), random.Random(0)
+    texts = [source.sentence("a cat", rng) for _ in range(200)]
+    assert all("a cat" in text and "_" not in text and "{" not in text for text in texts)
+    assert len({text.replace("qwerty", "") for text in texts}) > 30
+    assert any("qwerty" not in text for text in texts)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_singles_stand_in_sentences_as_often_as_asked(share, monkeypatch):
+    monkeypatch.setattr(CaptionSource, "sentence", lambda self, subject, rng: "SENTENCE")
+    source, rng = CaptionSource(emoji.nouns(), ["qwerty"], sentence_share=share), random.Random(0)
+    assert sum("sentence" in source.single(0, None, None, rng).lower() for _ in range(50)) == share * 50
+    assert not any("sentence" in source.pair(0, 1, None, None, rng).lower() for _ in range(50))

@@ -43,6 +43,14 @@ PAIRS = (
     "{} and {}", "{} and {}", "{} and {}", "{} next to {}", "{} with {}", "{} beside {}", "{} to the left of {}", "{}, {}",
     "{} near {}", "both {} and {}", "{} together with {}", "{} by the side of {}", "{} on the left and {} on the right",
 )  # fmt: skip
+SENTENCES = (
+    "_ of {} in a _ _", "a _ that shows {}", "an old _ _ with {} on it", "every _ {} _ by my _", "_ for {} and _ _", "_, {}, _",
+    "_ _: {}", "{} made of _", "{} _ in a _", "{} and _", "{} and some _ _", "a _ and {}", "my _ _ {}", "_ {} _ and _ _",
+    "a _ _ in the shape of {}", "i _ of {} _", "the last _ of {}", "_ {} from _ _", "a _ _ of {}", "{} with no _", "do you _ {}?",
+    "_ _, _ {}", "{}, _ _, _", "a _ at the _, {}", "two _ and {}", "_ by a _ _ of {} and no _", "{} as a _", "{} on a _ _",
+    "the _ is _ with {}", "a _ _ about {}, _ and _", "here _ {} _, but _", "_ or {}",
+)  # fmt: skip
+"""What users write around one noun, with words that name nothing here for `_`."""
 SINGULAR_ENDS = ("ss", "us", "is")
 
 
@@ -55,17 +63,24 @@ def with_article(name: str) -> str:
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
+def made_up(rng: random.Random) -> str:
+    """Return a word that there is not."""
+    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+
+
 @dataclass(frozen=True)
 class CaptionSource:
     """Makes random captions of the nouns of the world.
 
     `filler`: words that stand for everything a user may write around a noun.
     `noise_share`: how often a run of filler words stands before or after the frame.
+    `sentence_share`: how often a single noun stands in a sentence of such words instead of a frame.
     """
 
     nouns: Sequence[Noun]
     filler: Sequence[str] = ()
     noise_share: float = 0.12
+    sentence_share: float = 0.0
 
     def name(self, noun: Noun, rng: random.Random) -> str:
         """Name a noun, by its name, by tags that imply it, or by both."""
@@ -95,11 +110,20 @@ class CaptionSource:
     def noise(self, rng: random.Random) -> str:
         return " " + " ".join(rng.choices(self.filler, k=rng.randint(1, 4))) if self.filler else ""
 
-    def dress(self, subject: str, design: str | None, background: str | None, rng: random.Random) -> str:
-        """Put a subject into a frame, with style and background phrases."""
+    def frame(self, subject: str, rng: random.Random) -> str:
         text = rng.choice(FRAMES).format(subject) + rng.choice(AFTER)
         if rng.random() < self.noise_share:
             text = self.noise(rng).strip() + " " + text if rng.random() < 0.5 else text + self.noise(rng)
+        return text
+
+    def sentence(self, subject: str, rng: random.Random) -> str:
+        """Put a subject among common words and, one in five, words that there are not: most that users know were not seen here."""
+        pieces = rng.choice(SENTENCES).split("_")
+        words = [made_up(rng) if rng.random() < 0.2 or not self.filler else rng.choice(self.filler) for _ in pieces[1:]]
+        return (pieces[0] + "".join(word + piece for word, piece in zip(words, pieces[1:], strict=True))).format(subject)
+
+    def dress(self, text: str, design: str | None, background: str | None, rng: random.Random) -> str:
+        """Add style and background phrases."""
         phrases = [rng.choice(STYLES).format(design)] if design else []
         if background:
             phrases.append(rng.choice(BACKGROUND_PHRASES).format(background))
@@ -109,9 +133,12 @@ class CaptionSource:
         return text[0].upper() + text[1:] if rng.random() < 0.1 else text
 
     def single(self, noun: int, design: str | None, background: str | None, rng: random.Random) -> str:
-        return self.dress(self.subject(self.nouns[noun], rng), design, background, rng)
+        subject = self.subject(self.nouns[noun], rng)
+        among = self.sentence_share > 0 and rng.random() < self.sentence_share
+        text = self.sentence(subject, rng) if among else self.frame(subject, rng)
+        return self.dress(text, design, background, rng)
 
     def pair(self, left: int, right: int, design: str | None, background: str | None, rng: random.Random) -> str:
         """Caption a scene; the first noun stands on the left."""
         subjects = self.subject(self.nouns[left], rng), self.subject(self.nouns[right], rng)
-        return self.dress(rng.choice(PAIRS).format(*subjects), design, background, rng)
+        return self.dress(self.frame(rng.choice(PAIRS).format(*subjects), rng), design, background, rng)

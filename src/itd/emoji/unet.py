@@ -36,6 +36,8 @@ class PoolConfig:
     n_scenes: int = 58_000
     noise_share: float = 0.3
     """How often a caption has words around it that mean nothing here: the image must not hang on the frames of the captions."""
+    sentence_share: float = 0.45
+    """How often a single noun stands in a sentence of such words."""
     seed: int = 0
 
 
@@ -188,7 +190,7 @@ def caption_images(
 
     Identities and unsafe objects, on which erasing is measured, occur twice as often as other nouns.
     """
-    rng, source = random.Random(config.seed), CaptionSource(world.nouns, words, config.noise_share)
+    rng, source = random.Random(config.seed), CaptionSource(world.nouns, words, config.noise_share, config.sentence_share)
     stickers, colors, names = premultiply(world.rgba), background_colors(), list(BACKGROUNDS)
     n = len(stickers)
     latents = [encode_images(vae, paste(stickers, color.expand(n, 3))).half().numpy() for color in colors]
