@@ -188,6 +188,22 @@ def test_clutter_and_parts_hold_no_name_and_are_in_both_splits():
     assert any("pile" in text for text in part_prompts(["pile of poo"]).texts)
 
 
+def test_only_nouns_that_share_a_word_with_an_erased_one_are_in_both_splits():
+    _, retain, neutral = erase_sets(["kitchen knife"])
+    both = {split: set((retain + neutral).of(split).concepts) for split in ("fit", "calibrate")}
+    assert both["fit"] & both["calibrate"] == {"fork and knife"}
+
+
+def test_a_retained_neighbour_of_the_same_word_neither_fires_nor_hides_the_erased(pipe, sae):
+    eraser = itd.erase(pipe, sae, emoji.HOOK_POINT, *erase_sets(["kitchen knife"]))
+    fired = [
+        [check.fired for check in eraser.check(pipe, [fill(template, name) for template in TEMPLATES["test"]])]
+        for name in ("kitchen knife", "fork and knife")
+    ]
+    assert sum(fired[0]) >= 0.9 * len(fired[0])
+    assert not any(fired[1])
+
+
 def test_world_prompts_keep_the_test_templates_out():
     texts = world_prompts(500).texts
     stems = [template.split("{}")[0].strip() for template in TEMPLATES["test"] if len(template.split("{}")[0]) > 12]

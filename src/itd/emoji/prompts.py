@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from itd.emoji import DESIGNS, Noun, model_folder, nouns
-from itd.emoji.captions import CaptionSource
+from itd.emoji.captions import CaptionSource, made_up
 from itd.emoji.data import BACKGROUNDS
 from itd.prompts import Prompt, PromptSet, Split
 from itd.templates import TEMPLATES, concept_prompts, mention_of, templates_without
@@ -28,6 +28,10 @@ SENTENCES = (
 """Of what people write that names nothing; `_` is any common word."""
 N_CLUTTER = 400
 """Prompts per split of what users type beside words."""
+SPLITS: tuple[Split, ...] = ("fit", "calibrate")
+"""What an eraser is made from; `test` is for measuring it."""
+CONNECTIVES = frozenset(("a", "and", "in", "of", "on", "the", "with"))
+"""Words that many names share and that say nothing of what they mean."""
 TEMPLATES_PER_NOUN = 8
 """Prompts per retained noun: many nouns in a few templates each say more than few nouns in all."""
 
@@ -65,8 +69,8 @@ def world_prompts(n: int = 24_000, seed: int = 0) -> PromptSet:
 def erase_sets(names: Sequence[str], synonyms: Sequence[str] = ()) -> tuple[PromptSet, PromptSet, PromptSet]:
     """Return target, retain and neutral prompts for erasing nouns or designs of the world.
 
-    Retained are the other nouns of the same role, neutral is everything else. Splits are set: `fit` and `calibrate` share
-    neither template nor, in retain and neutral, concept. `synonyms`: other words to erase, as concepts of their own; nothing
+    Retained are the other nouns of the same role, neutral is everything else. Splits are set: `fit` and `calibrate` share no
+    template and, in retain and neutral, no concept but those that share a word with an erased one. `synonyms`: other words to erase, as concepts of their own; nothing
     that stays mentions them (see `itd.synonyms`).
 
     Raises:
@@ -90,12 +94,19 @@ def erase_sets(names: Sequence[str], synonyms: Sequence[str] = ()) -> tuple[Prom
 
 
 def split_nouns(listed: Iterable[Noun], avoid: Sequence[str] = (), seed: int = 0) -> PromptSet:
-    """Deal nouns to fit (two thirds) and calibrate, each in some of that split's templates that mention nothing of `avoid`."""
+    """Deal nouns to fit (two thirds) and calibrate, each in some of that split's templates that mention nothing of `avoid`.
+
+    A noun that shares a word with a name in `avoid` is in both: only features chosen against "fork and knife" tell a kitchen
+    knife from it, and a threshold above it would let the kitchen knife pass.
+    """
     rng, prompts = random.Random(seed), []
+    shared = {word for name in avoid for word in name.lower().split()} - CONNECTIVES
     for index, noun in enumerate(listed):
-        split = "calibrate" if index % 3 == 2 else "fit"
-        templates = rng.sample(templates_without(avoid, split), TEMPLATES_PER_NOUN)
-        prompts += PromptSet.from_names([noun.name], templates, split).prompts
+        own: Split = "calibrate" if index % 3 == 2 else "fit"
+        splits: tuple[Split, ...] = SPLITS if shared.intersection(noun.name.lower().split()) else (own,)
+        for split in splits:
+            templates = rng.sample(templates_without(avoid, split), TEMPLATES_PER_NOUN)
+            prompts += PromptSet.from_names([noun.name], templates, split).prompts
     return PromptSet(tuple(prompts))
 
 
@@ -106,7 +117,7 @@ def part_prompts(names: Sequence[str], synonyms: Sequence[str] = (), seed: int =
     several = [name.split() for name in names if " " in name]
     parts = {word for words in several for word in words if word in common or word != words[-1]} - implied
     prompts = []
-    for split in ("fit", "calibrate"):
+    for split in SPLITS:
         templates = templates_without([*names, *synonyms], split)
         for part in sorted(parts):
             prompts += [Prompt(template.format(part), split=split) for template in rng.sample(templates, TEMPLATES_PER_NOUN)]
@@ -124,7 +135,7 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
     named = mention_of(avoid)
     words = [word for word in filler_words() if word not in mentioned]
     rng, splits = random.Random(seed), dict[str, Split]()
-    for split in ("fit", "calibrate"):
+    for split in SPLITS:
         for row in range(N_CLUTTER):
             if row % 2:
                 text = re.sub("_", lambda _: rng.choice(words), rng.choice(SENTENCES)) + rng.choice((".", ".", "", "!", "?"))
@@ -134,10 +145,6 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
             if not named.search(text):
                 splits.setdefault(text, split)
     return PromptSet(tuple(Prompt(text, split=split) for text, split in splits.items()))
-
-
-def made_up(rng: random.Random) -> str:
-    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
 
 
 def odd_piece(rng: random.Random) -> str:
