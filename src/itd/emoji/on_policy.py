@@ -30,7 +30,7 @@ SAMPLER_STEPS, ROLLOUT_STEPS = 25, 16
 """Steps of the sampler, and how many of them a trajectory is followed: later ones settle only detail."""
 STEPS_PER_ROLLOUT = 2 * (ROLLOUT_STEPS - 1)
 """Optimiser steps that the points of one rollout last: it has a batch's number of trajectories, and fills half a batch."""
-NAMED_SHARE = 0.6
+NAMED_SHARE = 0.12
 """Captions that are drawn from those of one noun in a named design: what the first step is to know by heart."""
 
 
@@ -149,7 +149,7 @@ def train_on_policy(
     torch.manual_seed(config.seed)
     scheduler: Any = build_scheduler()
     alphas: Tensor = scheduler.alphas_cumprod
-    weights = (5 * (1 - alphas)).clamp(max=1) * (0.05 + (1 - alphas) ** 24)
+    weights = (5 * (1 - alphas)).clamp(max=1) * (0.15 + (1 - alphas) ** 6)
     targets, average, half = Targets(world, pool, vae), copy.deepcopy(unet), config.batch_size // 2
     rollout: Points | None = None
 
