@@ -192,16 +192,16 @@ def test_only_nouns_that_share_a_word_with_an_erased_one_are_in_both_splits():
     _, retain, neutral = erase_sets(["kitchen knife"])
     both = {split: set((retain + neutral).of(split).concepts) for split in ("fit", "calibrate")}
     assert both["fit"] & both["calibrate"] == {"fork and knife"}
+    _, retain, neutral = erase_sets(["spider"])
+    assert not set((retain + neutral).of("fit").concepts) & set((retain + neutral).of("calibrate").concepts)
 
 
 def test_a_retained_neighbour_of_the_same_word_neither_fires_nor_hides_the_erased(pipe, sae):
-    eraser = itd.erase(pipe, sae, emoji.HOOK_POINT, *erase_sets(["kitchen knife"]))
-    fired = [
-        [check.fired for check in eraser.check(pipe, [fill(template, name) for template in TEMPLATES["test"]])]
-        for name in ("kitchen knife", "fork and knife")
-    ]
-    assert sum(fired[0]) >= 0.9 * len(fired[0])
-    assert not any(fired[1])
+    unsafe = [noun.name for noun in emoji.nouns() if noun.role == "unsafe"]
+    eraser = itd.erase(pipe, sae, emoji.HOOK_POINT, *erase_sets(unsafe))
+    for name, expected in (("kitchen knife", True), ("fork and knife", False)):
+        checks = eraser.check(pipe, [fill(template, name) for template in PLAIN])
+        assert [check.fired for check in checks] == [expected] * len(PLAIN)
 
 
 def test_world_prompts_keep_the_test_templates_out():

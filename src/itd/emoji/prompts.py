@@ -97,14 +97,15 @@ def split_nouns(listed: Iterable[Noun], avoid: Sequence[str] = (), seed: int = 0
     """Deal nouns to fit (two thirds) and calibrate, each in some of that split's templates that mention nothing of `avoid`.
 
     A noun that shares a word with a name in `avoid` is in both: only features chosen against "fork and knife" tell a kitchen
-    knife from it, and a threshold above it would let the kitchen knife pass.
+    knife from it, and a threshold above it would let the kitchen knife pass. Nothing tells "spider" from "spider web", which
+    says it: such a noun is dealt as any other.
     """
-    rng, prompts = random.Random(seed), []
+    rng, prompts, named = random.Random(seed), list[Prompt](), mention_of(avoid)
     shared = {word for name in avoid for word in name.lower().split()} - CONNECTIVES
     for index, noun in enumerate(listed):
         own: Split = "calibrate" if index % 3 == 2 else "fit"
-        splits: tuple[Split, ...] = SPLITS if shared.intersection(noun.name.lower().split()) else (own,)
-        for split in splits:
+        near = shared.intersection(noun.name.lower().split()) and not named.search(noun.name)
+        for split in SPLITS if near else (own,):
             templates = rng.sample(templates_without(avoid, split), TEMPLATES_PER_NOUN)
             prompts += PromptSet.from_names([noun.name], templates, split).prompts
     return PromptSet(tuple(prompts))
