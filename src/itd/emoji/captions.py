@@ -6,6 +6,7 @@ The frames are many and the filler words arbitrary, so that the text encoder lea
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,9 +119,11 @@ class CaptionSource:
 
     def sentence(self, subject: str, rng: random.Random) -> str:
         """Put a subject among common words and, one in five, words that there are not: most that users know were not seen here."""
-        pieces = rng.choice(SENTENCES).split("_")
-        words = [made_up(rng) if rng.random() < 0.2 or not self.filler else rng.choice(self.filler) for _ in pieces[1:]]
-        return (pieces[0] + "".join(word + piece for word, piece in zip(words, pieces[1:], strict=True))).format(subject)
+        text = re.sub("_", lambda _: self.word(rng), rng.choice(SENTENCES))
+        return text.format(subject)
+
+    def word(self, rng: random.Random) -> str:
+        return made_up(rng) if rng.random() < 0.2 or not self.filler else rng.choice(self.filler)
 
     def dress(self, text: str, design: str | None, background: str | None, rng: random.Random) -> str:
         """Add style and background phrases."""

@@ -69,9 +69,9 @@ def world_prompts(n: int = 24_000, seed: int = 0) -> PromptSet:
 def erase_sets(names: Sequence[str], synonyms: Sequence[str] = ()) -> tuple[PromptSet, PromptSet, PromptSet]:
     """Return target, retain and neutral prompts for erasing nouns or designs of the world.
 
-    Retained are the other nouns of the same role, neutral is everything else. Splits are set: `fit` and `calibrate` share no
-    template and, in retain and neutral, no concept but those that share a word with an erased one. `synonyms`: other words to erase, as concepts of their own; nothing
-    that stays mentions them (see `itd.synonyms`).
+    Retained are the other nouns of the same role, neutral is everything else. Splits are set: `fit` and `calibrate` share
+    no template and, in retain and neutral, no concept but those that share a word with an erased one. `synonyms`: other
+    words to erase, as concepts of their own; nothing that stays mentions them (see `itd.synonyms`).
 
     Raises:
         ValueError: a name is neither a noun nor a design of the world.
@@ -101,10 +101,10 @@ def split_nouns(listed: Iterable[Noun], avoid: Sequence[str] = (), seed: int = 0
     says it: such a noun is dealt as any other.
     """
     rng, prompts, named = random.Random(seed), list[Prompt](), mention_of(avoid)
-    shared = {word for name in avoid for word in name.lower().split()} - CONNECTIVES
+    shared = words_of(avoid) - CONNECTIVES
     for index, noun in enumerate(listed):
         own: Split = "calibrate" if index % 3 == 2 else "fit"
-        near = shared.intersection(noun.name.lower().split()) and not named.search(noun.name)
+        near = shared & words_of([noun.name]) and not named.search(noun.name)
         for split in SPLITS if near else (own,):
             templates = rng.sample(templates_without(avoid, split), TEMPLATES_PER_NOUN)
             prompts += PromptSet.from_names([noun.name], templates, split).prompts
@@ -132,7 +132,7 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
     like any concept. A full stop that only one name has is a part of that name, unless other prompts have it too. Words of the
     names in `avoid` are left out.
     """
-    mentioned = {word for name in avoid for word in name.lower().split()}
+    mentioned = words_of(avoid)
     named = mention_of(avoid)
     words = [word for word in filler_words() if word not in mentioned]
     rng, splits = random.Random(seed), dict[str, Split]()
@@ -146,6 +146,10 @@ def clutter_prompts(avoid: Sequence[str], seed: int = 0) -> PromptSet:
             if not named.search(text):
                 splits.setdefault(text, split)
     return PromptSet(tuple(Prompt(text, split=split) for text, split in splits.items()))
+
+
+def words_of(names: Iterable[str]) -> set[str]:
+    return {word for name in names for word in name.lower().split()}
 
 
 def odd_piece(rng: random.Random) -> str:
