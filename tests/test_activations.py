@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from reference.activations import count_activations
 from tiny import prompts_of
 
 from itd import ActivationStore, HookPoint, PromptSet, activations, pipelines, record
-from itd.activations import Folder, stream
+from itd.activations import Folder, joined, stream, stream_contents
 
 TEXTS = ["a photo of a cat", "a photo of a dog", "", "my house at night", "a photo", "a cat " * 30]
 
@@ -50,6 +51,20 @@ def test_streamed_batches_hold_what_the_encoder_gives(pipe: Any, site: HookPoint
 def test_half_precision_activations_are_streamed_in_full_precision(pipe: Any, site: HookPoint) -> None:
     pipe.text_encoder.to(torch.bfloat16)
     assert next(stream(pipe, site, prompts_of("cat"))).x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("n_tokens", [1, 9, 10_000])
+def test_joined_batches_hold_what_the_batches_held(pipe: Any, site: HookPoint, n_tokens: int) -> None:
+    rows = pipelines.token_rows(pipe, site.encoder, TEXTS)
+    batches = list(stream_contents(pipe, site, rows, TEXTS, batch_tokens=20))
+    together = list(joined(batches, n_tokens))
+    assert all(len(each.keys) >= n_tokens for each in together[:-1])
+    assert len(together) == {1: len(batches), 10_000: 1}.get(n_tokens, len(together))
+    for name in ("prompts", "n_tokens", "keys"):
+        assert list(chain(*(getattr(each, name) for each in together))) == list(
+            chain(*(getattr(each, name) for each in batches))
+        )
+    assert torch.equal(torch.cat([each.x for each in together]), torch.cat([batch.x for batch in batches]))
 
 
 # Recording

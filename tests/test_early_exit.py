@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from itd import SAE, ConceptFeatures, Eraser, Gate, HookPoint, SAEConfig, early_exit
 from itd.early_exit import EarlyExit, length_bound
 from itd.gate import ScoreName, score
+from itd.kernels import SparseCodes, topk_encode
 
 SITE = HookPoint("text_encoder", "encoder.layers.1")
 NAMES: tuple[ScoreName, ...] = ("evidence", "contribution")
@@ -79,7 +81,7 @@ def test_thresholds_one_bit_from_the_score_are_decided_alike(name: ScoreName, to
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_marked_token_is_below_every_threshold_however_it_is_computed(name: ScoreName, seed: int) -> None:
+def test_a_settled_token_reaches_what_is_said_however_it_is_computed(name: ScoreName, seed: int) -> None:
     """The full computation is repeated token by token, all at once and in another order of the latents."""
     sae, concepts, x = draw(seed)
     exit_ = Gate(name, (0.0,) * 3).early_exit(sae, concepts, most_active(sae, 20))
@@ -99,10 +101,13 @@ def test_a_marked_token_is_below_every_threshold_however_it_is_computed(name: Sc
     for quantile in (0.1, 0.5, 0.9, 1.0):
         thresholds = ways[0].quantile(quantile, dim=0)
         some = exit_.below(x, thresholds.tolist())
-        marked = exit_.below(x, thresholds.tolist(), sae)
-        assert (marked | ~some).all()
+        settled = exit_.settle(x, thresholds.tolist())
         for tokens in ways:
-            assert (tokens[marked] < thresholds).all()
+            assert (tokens[some] < thresholds).all()
+            for row, reached in zip(tokens, settled, strict=True):
+                if reached is not None:
+                    assert tuple((row >= thresholds).nonzero().flatten().tolist()) == reached
+        assert all(reached == () for reached, below in zip(settled, some.tolist(), strict=True) if below)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -129,7 +134,7 @@ def test_most_prompts_are_decided_early_and_more_with_the_latents_that_are_often
     for often in (NO_LATENTS, most_active(sae, 30)):
         exit_ = EarlyExit.make(sae, concepts, often)
         shares.append(float(exit_.below(prompts[:, 0], thresholds.tolist()).float().mean()))
-    shares.append(float(exit_.below(prompts[:, 0], thresholds.tolist(), sae).float().mean()))
+    shares.append(sum(reached == () for reached in exit_.settle(prompts[:, 0], thresholds.tolist())) / 300)
     assert 0 < shares[0] < shares[1] < shares[2]
     assert shares[1] > 0.5
 
@@ -146,6 +151,41 @@ def test_a_prompt_that_is_decided_early_is_not_encoded_until_its_score_is_asked_
     assert decision.score == float(score("evidence", sae, concepts, x).concepts.max())
     assert gate.decide(sae, concepts, x).score == decision.score
     assert not gate.decide(sae, concepts, x).early
+
+
+def test_a_prompt_that_certainly_fires_is_decided_early_and_not_encoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, concepts, x = draw(5)
+    exact = score("evidence", sae, concepts, x)
+    gate = Gate("evidence", tuple((exact.concepts - 0.01 * exact.concepts.abs()).tolist()))
+    exit_ = gate.early_exit(sae, concepts, most_active(sae, 20))
+    monkeypatch.setattr(SAE, "encode", lambda *_: pytest.fail("encoded in full"))
+    decision = gate.decide(sae, concepts, x, exit_)
+    monkeypatch.undo()
+    assert (decision.fired, decision.early, decision.concepts) == (True, True, (0, 1, 2))
+    assert torch.equal(decision.scores.tokens, exact.tokens)
+
+
+def test_tokens_are_compared_with_as_many_latents_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, concepts, x = draw(5)
+    exit_ = EarlyExit.make(sae, concepts, NO_LATENTS)
+    thresholds = [(score("evidence", sae, concepts, x).concepts + margin).tolist() for margin in (-0.1, 0.1, 1.0, 10.0)]
+    expected = [exit_.settle(x, each) for each in thresholds]
+    n_rows: list[int] = []
+
+    def counted(x: Tensor, W_enc: Tensor, *rest: Any) -> SparseCodes:
+        n_rows.append(len(W_enc))
+        return topk_encode(x, W_enc, *rest)
+
+    monkeypatch.setattr(early_exit, "topk_encode", counted)
+    monkeypatch.setattr(early_exit, "PART_LATENTS", 13)
+    taken = []
+    for each, settled in zip(thresholds, expected, strict=True):
+        n_rows.clear()
+        assert exit_.settle(x, each) == settled
+        taken.append(sum(n_rows))
+    assert taken[0] == 60  # what fires is known only from all
+    assert taken == sorted(taken, reverse=True)
+    assert taken[-1] < 60
 
 
 def test_only_the_rows_that_are_needed_are_kept() -> None:
@@ -235,8 +275,7 @@ def test_an_eraser_edits_the_same_bits_with_and_without_the_early_exit() -> None
     assert torch.equal(found.x, full.x)
     assert [each.concepts for each in found.decisions] == [each.concepts for each in full.decisions]
     assert [each.score for each in found.decisions] == [each.score for each in full.decisions]
-    n_early = sum(each.early for each in found.decisions)
-    assert 0 < n_early < 40
+    assert all(each.early for each in found.decisions)
     assert not any(each.early for each in full.decisions)
     assert any(each.fired for each in found.decisions)
 

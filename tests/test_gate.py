@@ -11,7 +11,19 @@ from reference.gate import naive_auroc, naive_contribution, naive_evidence, pape
 from torch import Tensor
 
 from itd import SAE, ConceptFeatures, Gate, SAEConfig
-from itd.gate import ROUNDING, SCORES, ScoreName, auroc, calibrate, score, threshold_for_fpr, threshold_for_recall
+from itd.gate import (
+    PART_WAY,
+    ROUNDING,
+    SCORES,
+    SMALLEST_UNIT,
+    ScoreName,
+    auroc,
+    calibrate,
+    score,
+    threshold_for_fpr,
+    threshold_for_recall,
+    unit_apart,
+)
 
 SAE_ = SAE.random(SAEConfig(d_model=8, n_latents=30, k=6), seed=2)
 CONCEPTS = (
@@ -200,6 +212,17 @@ def test_with_too_few_positives_everything_that_was_seen_fires() -> None:
 def test_equal_negatives_do_not_fire() -> None:
     negatives = torch.zeros(100)
     assert not (negatives >= threshold_for_fpr(negatives, 0.1)).any()
+
+
+@pytest.mark.parametrize("gap", [-1.0, 0.0, 0.001, 0.02, 0.3])
+def test_the_unit_puts_the_threshold_part_way_and_is_never_so_small_that_it_magnifies_rounding(gap: float) -> None:
+    own, others = 1 + gap + torch.linspace(0, 1, 101), torch.linspace(0, 1, 1001)
+    low, high = threshold_for_fpr(others, 0.002), float(own.quantile(0.05))
+    scale, offset = unit_apart(own, others, 0.002)
+    threshold = low + PART_WAY * max(high - low, 0)
+    assert scale * threshold + offset == pytest.approx(PART_WAY, abs=1e-5)
+    if gap >= 0:
+        assert 1 / scale == pytest.approx(max(high - low, SMALLEST_UNIT * (1 + gap)), rel=1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 1.5, float("nan")])

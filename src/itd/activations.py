@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,12 @@ class Contents(NamedTuple):
     keys: list[bytes]
     """Per token, what its activation depends on: in a causal encoder the prompt up to it, elsewhere all of it and the place."""
 
+    @classmethod
+    def join(cls, parts: Sequence[Contents]) -> Contents:
+        """Put several together, in order."""
+        prompts, x, n_tokens, keys = zip(*parts, strict=True)
+        return cls(list(chain(*prompts)), torch.cat(x), list(chain(*n_tokens)), list(chain(*keys)))
+
     def split(self) -> list[Float[Tensor, "tokens d_model"]]:
         """Return the activations of each prompt."""
         return list(self.x.split(self.n_tokens))
@@ -92,6 +99,18 @@ def stream_contents(
         x = pipelines.activations(pipe, site, tokens).float().cpu()
         keys = [key for ids, mask in zip(tokens.input_ids, content, strict=True) for key in token_keys(ids, mask, causal)]
         yield Contents(list(group), x[content], content.sum(1).tolist(), keys)
+
+
+def joined(batches: Iterable[Contents], n_tokens: int) -> Iterator[Contents]:
+    """Put batches together until they have that many tokens."""
+    waiting: list[Contents] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(each.keys) for each in waiting) >= n_tokens:
+            yield Contents.join(waiting)
+            waiting.clear()
+    if waiting:
+        yield Contents.join(waiting)
 
 
 def group_by_size(order: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[Sequence[int]]:

@@ -1,16 +1,19 @@
-"""Decide most tokens from few rows of the encoder, by upper bounds of their scores that hold for the full computation.
+"""Decide most tokens from few rows of the encoder, by bounds of their scores that hold for the full computation.
 
 Whether a target feature is active depends on all latents: it has to be among the k largest. Two facts need only some. An act
 is at most the pre-activation. And the k-th largest pre-activation within any set S of latents is at most the k-th largest of
 all, so a feature below it is not active. A token whose score is below every threshold even if all features that may be active
-were active is decided. The few tokens that some latents leave open are compared with all, many at a time. A prompt with a token
-that is open even then has its score computed in full.
+were active is decided. The few tokens that some latents leave open are compared with all, many at a time and part by part,
+until they are decided: only then is it known which features are active, and that a threshold is reached. A prompt with a token
+that is open even then, because rounding could decide, has its score computed in full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +21,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itd.features import ConceptFeatures
+from itd.kernels import SparseCodes, keep_largest, topk_encode
 from itd.sae import SAE
 
 CHUNK_BYTES = 32 * 2**20
 """Upper bound of the pre-activations that are held at a time."""
+FIRST_SHARE = 8
+"""One of so many latents that are active often is compared with first."""
+PART_LATENTS = 2**16
+"""Of all latents, so many are compared with at a time."""
+Reached = tuple[int, ...]
+"""The concepts whose threshold a token certainly reaches; it is certainly below all others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +59,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.b_enc)
 
+    def first(self, n: int) -> Rows:
+        """Return the first n rows."""
+        return replace(self, W_enc=self.W_enc[:n], b_enc=self.b_enc[:n])
+
     def rounding(self, length: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return how far two computations of a pre-activation in floating point can lie apart; length: of the token.
 
@@ -61,25 +75,28 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class EarlyExit:
-    """Bounds the scores of concepts from above.
+    """Bounds the scores of concepts.
 
     With u_tj an upper bound of the pre-activation and A_t the features of token t that may be active,
     `score_tc <= sum_{j in A_t} max(0, weight_cj) max(0, u_tj) + offset_c`. For `evidence` the weights are those of the matched
     filter; for `contribution` the lengths of the decoder rows, by the triangle inequality.
 
-    features: the concepts' features one after the other; often: distinct latents that are active in most prompts.
+    features: of the concepts, each once; often: distinct latents that are active in most prompts.
     """
 
+    sae: SAE = field(repr=False)
     features: Rows
+    places: Int[Tensor, " n"]
+    """The concepts' features one concept after the other, as rows of `features`."""
     weights: Float[Tensor, " n"]
     starts: Int[Tensor, " concepts"]
-    """Where a concept's rows begin."""
+    """Where a concept begins in `places`."""
     offsets: Float[Tensor, " concepts"]
     often: Rows
-    b_dec: Float[Tensor, " d_model"]
-    k: int
+    matched: bool
+    """The score is linear in the acts, so that it is bounded from below too."""
     n_terms: int
-    """Numbers that the full computation of a score sums, at most."""
+    """Numbers that the full computation of a score sums, at most; zeros are added without error."""
 
     @classmethod
     def make(cls, sae: SAE, concepts: Sequence[ConceptFeatures], often: Int[Tensor, " m"], matched: bool = True) -> EarlyExit:
@@ -92,86 +109,161 @@ class EarlyExit:
         else:
             weights = length_bound(sae.W_dec.index_select(0, indices.to(sae.W_dec.device)))
             offsets = torch.zeros(len(concepts), dtype=sae.W_enc.dtype)
-        rows, device = (Rows.of(sae, indices), Rows.of(sae, often.long())), sae.W_enc.device
-        n_terms = int(sizes.max()) + sae.config.k + sae.config.d_model
+        distinct, places = indices.unique(return_inverse=True)
+        rows, device = (Rows.of(sae, distinct), Rows.of(sae, often.long())), sae.W_enc.device
+        n_terms = sae.config.k if matched else int(sizes.max()) + sae.config.k + sae.config.d_model
         starts = (sizes.cumsum(0) - sizes).to(device)
         sae.release()
-        return cls(rows[0], weights.to(device), starts, offsets.to(device), rows[1], sae.b_dec, sae.config.k, n_terms)
+        return cls(
+            sae, rows[0], places.to(device), weights.to(device), starts, offsets.to(device), rows[1], matched, n_terms
+        )  # fmt: skip
 
     @property
     def n_bytes(self) -> int:
         """Memory of the copied rows."""
         return sum(rows.W_enc.nbytes + rows.b_enc.nbytes for rows in (self.features, self.often))
 
-    def below(
-        self, x: Float[Tensor, "tokens d_model"], thresholds: Sequence[float], sae: SAE | None = None
-    ) -> Bool[Tensor, " tokens"]:
-        """Mark the tokens whose score is certainly below every concept's threshold. False says nothing.
+    def settle(self, x: Float[Tensor, "tokens d_model"], thresholds: Sequence[float]) -> list[Reached | None]:
+        """Return, for each token, the concepts whose threshold it certainly reaches; None where it is not certain for all.
 
-        Each token's mark is right whatever stands beside it, so a batch may be taken at once. With the autoencoder, the few
-        tokens that the rows leave open are compared with all latents, in one pass over its encoder.
+        What is said of a token is right whatever stands beside it, so a batch may be taken at once. The few tokens that the
+        rows leave open are compared with all latents, in one pass over the encoder.
         """
-        if x.ndim != 2 or x.shape[1] != len(self.b_dec) or not is_full_precision(x.device):
+        settled: list[Reached | None] = [() if below else None for below in self.below(x, thresholds).tolist()]
+        still_open = [i for i, reached in enumerate(settled) if reached is None]
+        if still_open and self.may_bound(x):
+            rows = x[still_open].to(self.sae.b_dec.dtype)
+            for i, reached in zip(still_open, self.compare_with_all(rows, self.limits(thresholds)), strict=True):
+                settled[i] = reached
+            self.sae.release()
+        return settled
+
+    def below(self, x: Float[Tensor, "tokens d_model"], thresholds: Sequence[float]) -> Bool[Tensor, " tokens"]:
+        """Mark the tokens that the copied rows show to be below every concept's threshold. False says nothing."""
+        if not self.may_bound(x):
             return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        limits = torch.tensor(thresholds, dtype=self.offsets.dtype, device=x.device)
-        size = max(1, CHUNK_BYTES // (self.offsets.element_size() * max(1, len(self.features), len(self.often))))
-        parts = [self.below_in_chunk(part, limits) for part in x.to(self.b_dec.dtype).split(size)]
-        below = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device=x.device)
-        still_open = (~below & x.isfinite().all(1)).nonzero().flatten()
-        if sae is not None and len(still_open):
-            below[still_open] = self.below_all_latents(x[still_open].to(self.b_dec.dtype), limits, sae)
-            sae.release()
-        return below
+        limits = self.limits(thresholds)
+        parts = [self.below_in_chunk(part, limits) for part in x.to(self.sae.b_dec.dtype).split(chunk_size(self.features))]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device=x.device)
 
-    def below_all_latents(
-        self, x: Float[Tensor, "n d_model"], limits: Float[Tensor, " concepts"], sae: SAE
-    ) -> Bool[Tensor, " n"]:
-        """Compare the features with the k-th largest pre-activation of all latents."""
-        codes, found = sae.encode(x), list[Tensor]()
-        for rows, acts, indices in zip(*(part.split(64) for part in (x, *codes)), strict=True):
-            centred = rows - self.b_dec
-            length, upper = length_bound(centred), self.upper(centred)
-            active = sae.W_enc[indices.flatten()], sae.b_enc[indices.flatten()]
-            slack = Rows.holding(*active).rounding(length)
-            found.append((self.bound(torch.where(upper < acts.amin(1) - slack, 0, upper)) < limits).all(1))
-        return torch.cat(found)
+    def may_bound(self, x: Tensor) -> bool:
+        """Tell whether the bounds hold for these activations; an error in them is left to the full computation."""
+        return x.ndim == 2 and x.shape[1] == self.sae.config.d_model and is_full_precision(x.device)
 
-    def upper(self, centred: Float[Tensor, "n d_model"]) -> Float[Tensor, "features n"]:
-        """Return upper bounds of the features' acts, were they active."""
-        pre_acts = torch.addmm(self.features.b_enc[:, None], self.features.W_enc, centred.T)
-        return (pre_acts + self.features.rounding(length_bound(centred))).clamp_min(0)
+    def limits(self, thresholds: Sequence[float]) -> Float[Tensor, " concepts"]:
+        return torch.tensor(thresholds, dtype=self.offsets.dtype, device=self.offsets.device)
 
     def below_in_chunk(self, x: Float[Tensor, "tokens d_model"], limits: Float[Tensor, " concepts"]) -> Bool[Tensor, " tokens"]:
         """First take every feature for active; only for tokens that this leaves open compare with the latents in `often`."""
         finite = x.isfinite().all(1)
-        centred = torch.where(finite[:, None], x, 0) - self.b_dec
-        upper = self.upper(centred)
-        below = (self.bound(upper) < limits).all(1)
-        unsure = (~below & finite).nonzero().flatten()
-        if len(unsure) and len(self.often) >= self.k:
-            upper, at_least = upper[:, unsure], self.kth_largest(centred[unsure])
-            # A comparison with NaN is false: what cannot be compared counts as active.
-            below[unsure] = (self.bound(torch.where(upper < at_least, 0, upper)) < limits).all(1)
+        centred = torch.where(finite[:, None], x, 0) - self.sae.b_dec
+        pre_acts, rounding = self.pre_acts(centred)
+        upper = (pre_acts + rounding).clamp_min_(0)
+        below = (self.upper_bound(upper) < limits).all(1)  # a comparison with NaN is false: what cannot be compared is open
+        for rows in (self.often.first(len(self.often) // FIRST_SHARE), self.often):
+            unsure = (~below & finite).nonzero().flatten()
+            if len(unsure) and len(rows) >= self.sae.config.k:
+                upper_there, at_least = upper[:, unsure], self.kth_largest(centred[unsure], rows)
+                below[unsure] = (self.upper_bound(torch.where(upper_there < at_least, 0, upper_there)) < limits).all(1)
         return below & finite
 
-    def kth_largest(self, centred: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
+    @torch.no_grad()
+    def compare_with_all(self, x: Float[Tensor, "n d_model"], limits: Float[Tensor, " concepts"]) -> list[Reached | None]:
+        """Compare the features with the k-th largest pre-activation of more and more latents, until the tokens are settled."""
+        settled: list[Reached | None] = [None] * len(x)
+        W_enc, b_enc, k = self.sae.W_enc, self.sae.b_enc, self.sae.config.k
+        pre_acts, rounding = self.pre_acts(x - self.sae.b_dec)
+        left = Unsettled.of(x, (pre_acts - rounding).clamp_min(0), (pre_acts + rounding).clamp_min(0)).at(x.isfinite().all(1))
+        for part in torch.arange(len(W_enc)).split(PART_LATENTS):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            left = left.with_codes(topk_encode(left.x, W_enc[rows], b_enc[rows], self.sae.b_dec, k + 1), rows.start, k + 1)
+            length = length_bound(left.x - self.sae.b_dec)
+            slack = Rows.holding(W_enc[left.codes.indices.flatten()], b_enc[left.codes.indices.flatten()]).rounding(length)
+            following, kth = left.codes.acts.topk(2, dim=1, largest=False).values.T
+            possible = torch.where(left.upper < kth - slack, 0, left.upper)
+            reaches = torch.zeros(len(left.x), len(limits), dtype=torch.bool, device=x.device)
+            if self.matched and rows.stop == len(W_enc):
+                certain = torch.where(left.lower > following + self.whole.rounding(length), left.lower, 0)
+                reaches = self.lower_bound(certain, possible) >= limits
+            done = (reaches | (self.upper_bound(possible) < limits)).all(1)
+            for token, row in zip(left.tokens[done].tolist(), reaches[done], strict=True):
+                settled[token] = tuple(row.nonzero().flatten().tolist())
+            left = left.at(~done)
+            if len(left.tokens) == 0:
+                break
+        return settled
+
+    @cached_property
+    def whole(self) -> Rows:
+        """The largest length and bias of all rows of the encoder; none of them is copied."""
+        parts = zip(self.sae.W_enc.split(PART_LATENTS), self.sae.b_enc.split(PART_LATENTS), strict=True)
+        largest = torch.tensor([(rows.longest, rows.bias) for rows in (Rows.holding(*part) for part in parts)]).amax(0)
+        return Rows(self.sae.W_enc[:0], self.sae.b_enc[:0], float(largest[0]), float(largest[1]))
+
+    def pre_acts(self, centred: Float[Tensor, "n d_model"]) -> tuple[Float[Tensor, "features n"], Float[Tensor, " n"]]:
+        """Return the features' pre-activations, and for each token how far other computations of them can lie apart."""
+        pre_acts = torch.addmm(self.features.b_enc[:, None], self.features.W_enc, centred.T)
+        return pre_acts, self.features.rounding(length_bound(centred))
+
+    def kth_largest(self, centred: Float[Tensor, "n d_model"], rows: Rows) -> Float[Tensor, " n"]:
         """Return a lower bound of the k-th largest pre-activation of each token."""
-        pre_acts = torch.addmm(self.often.b_enc, centred, self.often.W_enc.T)
-        return pre_acts.topk(self.k, dim=1, sorted=False).values.amin(1) - self.often.rounding(length_bound(centred))
+        kth = []
+        for part in centred.split(chunk_size(rows)):
+            pre_acts = torch.addmm(rows.b_enc, part, rows.W_enc.T)
+            kth.append(pre_acts.topk(self.sae.config.k, dim=1, sorted=False).values.amin(1))
+        return torch.cat(kth) - rows.rounding(length_bound(centred))
 
-    def bound(self, upper: Float[Tensor, "features n"]) -> Float[Tensor, "n concepts"]:
+    def upper_bound(self, upper: Float[Tensor, "features n"]) -> Float[Tensor, "n concepts"]:
         """Return an upper bound of every concept's score, given upper bounds of the acts, rounding of both sums included."""
-        gamma = 4 * (self.n_terms + 8) * torch.finfo(upper.dtype).eps
-        total = self.sum_by_concept(upper, self.weights.clamp_min(0))
-        size = total if bool((self.weights >= 0).all()) else self.sum_by_concept(upper, self.weights.abs())
-        return total + self.offsets + gamma * (size + self.offsets.abs())
+        return self.sum_by_concept(upper, self.weights.clamp_min(0)) + self.offsets + self.rounding(upper)
 
-    def sum_by_concept(self, values: Float[Tensor, "features n"], weights: Float[Tensor, " features"]) -> Tensor:
+    def lower_bound(
+        self, lower: Float[Tensor, "features n"], upper: Float[Tensor, "features n"]
+    ) -> Float[Tensor, "n concepts"]:
+        """Return a lower bound of every concept's `evidence`, given bounds of the acts."""
+        gain = self.sum_by_concept(lower, self.weights.clamp_min(0)) + self.sum_by_concept(upper, self.weights.clamp_max(0))
+        return gain + self.offsets - self.rounding(upper)
+
+    def rounding(self, upper: Float[Tensor, "features n"]) -> Float[Tensor, "n concepts"]:
+        """Return how far two computations of a score from the same acts, at most `upper`, can lie apart."""
+        gamma = 4 * (self.n_terms + 8) * torch.finfo(upper.dtype).eps
+        return gamma * (self.sum_by_concept(upper, self.weights.abs()) + self.offsets.abs())
+
+    def sum_by_concept(self, values: Float[Tensor, "features n"], weights: Float[Tensor, " places"]) -> Tensor:
         """Return `sum_{j in c} weights_j values_jt` as (n, concepts)."""
         if values.numel() == 0:
             return torch.zeros(values.shape[1], len(self.starts), dtype=values.dtype, device=values.device)
-        rows = torch.arange(len(weights), device=values.device)
-        return F.embedding_bag(rows, values, self.starts, mode="sum", per_sample_weights=weights).T
+        return F.embedding_bag(self.places, values, self.starts, mode="sum", per_sample_weights=weights).T
+
+
+class Unsettled(NamedTuple):
+    """Tokens that are compared with more latents: which, their activations, bounds of the features' acts, codes so far."""
+
+    tokens: Int[Tensor, " n"]
+    x: Float[Tensor, "n d_model"]
+    lower: Float[Tensor, "features n"]
+    upper: Float[Tensor, "features n"]
+    codes: SparseCodes
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "n d_model"], lower: Tensor, upper: Tensor) -> Unsettled:
+        """Take all tokens, compared with no latents yet."""
+        tokens = torch.arange(len(x), device=x.device)
+        return cls(tokens, x, lower, upper, SparseCodes(x[:, :0], tokens.new_zeros(len(x), 0)))
+
+    def at(self, mask: Bool[Tensor, " n"]) -> Unsettled:
+        """Keep some of the tokens."""
+        codes = SparseCodes(*(part[mask] for part in self.codes))
+        return Unsettled(self.tokens[mask], self.x[mask], self.lower[:, mask], self.upper[:, mask], codes)
+
+    def with_codes(self, found: SparseCodes, start: int, k: int) -> Unsettled:
+        """Keep the k largest of the codes so far and of those found among the latents from `start` on."""
+        return self._replace(codes=keep_largest(self.codes, SparseCodes(found.acts, found.indices + start), k))
+
+
+def chunk_size(rows: Rows) -> int:
+    """Return of how many tokens the pre-activations of some rows may be held at a time."""
+    return max(1, CHUNK_BYTES // (rows.b_enc.element_size() * max(1, len(rows))))
 
 
 def length_bound(rows: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itd.artifacts import CONFIG, read_config, read_tensors, reading, require_keys, save_artifact
-from itd.early_exit import EarlyExit
+from itd.early_exit import EarlyExit, Reached
 from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, Gate, keep_features
 from itd.hooks import HookPoint
@@ -165,16 +166,16 @@ class Eraser:
         """Gate prompts, each by itself; only the early exit, whose result does not depend on it, is done for all at once."""
         if self.early_exit is None or not prompts:
             return [self.decide(x) for x in prompts]
-        below = self.early_exit.below(torch.cat(list(prompts)).float(), self.gate.thresholds, self.sae).split(
-            [len(x) for x in prompts]
-        )
-        return [self.decide_marked(x.float(), marks) for x, marks in zip(prompts, below, strict=True)]
+        return self.decide_settled(prompts, self.early_exit.settle(torch.cat(list(prompts)).float(), self.gate.thresholds))
 
-    def decide_marked(self, x: Float[Tensor, "tokens d_model"], below: Bool[Tensor, " tokens"]) -> Decision:
-        """Gate one prompt of which some tokens are known to be below all thresholds."""
-        if len(x) and bool(below.all()):
-            return self.gate.passed(self.sae, self.concepts, x)
-        return self.gate.decide_in_full(self.sae, self.concepts, x)
+    def decide_settled(
+        self, prompts: Sequence[Float[Tensor, "tokens d_model"]], settled: Sequence[Reached | None]
+    ) -> list[Decision]:
+        """Gate prompts of which some tokens are settled; `settled`: of all tokens, one prompt after the other."""
+        tokens = iter(settled)
+        return [
+            self.gate.decide_settled(self.sae, self.concepts, x.float(), list(islice(tokens, len(x)))) for x in prompts
+        ]  # fmt: skip
 
     def edit_prompt(
         self, x: Float[Tensor, "tokens d_model"], content: Tensor, editable: Tensor, decision: Decision

@@ -9,13 +9,14 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from itd import pipelines
-from itd.activations import Contents, stream, stream_contents
+from itd.activations import Contents, joined, stream, stream_contents
 from itd.cache import ByteCache
+from itd.early_exit import Reached
 from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, Meaning, dense_acts
 from itd.hooks import HookPoint, edit_output
@@ -31,6 +32,8 @@ MEMORY_BYTES = 64 * 2**20
 DECISION_BYTES = 8
 """Per token and dimension: an activation, and the scores and codes that may be made from it."""
 PREFIX_BYTES = 200
+SETTLED_TOKENS = 2**14
+"""Tokens that are settled at a time: the few that the copied rows leave open share one pass over the encoder."""
 WHOLE_BATCH = 64
 """Prompts that go through the whole text encoder at a time."""
 
@@ -106,13 +109,13 @@ class Check:
 class PromptMemory:
     """What a text encoder's prompts were decided to be, so that a prompt that comes again is not encoded again.
 
-    Also which beginnings of prompts have a last token that is certainly below all thresholds: in a causal encoder its
-    activation depends on nothing behind it. Forgotten as soon as the encoder's probe activation changes by a bit.
+    Also what is certain of the last token of a beginning of a prompt: in a causal encoder its activation depends on nothing
+    behind it. Forgotten as soon as the encoder's probe activation changes by a bit.
     """
 
     def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
         self.decisions: ByteCache[Decision] = ByteCache(max_bytes)
-        self.prefixes: ByteCache[bool] = ByteCache(max_bytes // 4)
+        self.prefixes: ByteCache[Reached] = ByteCache(max_bytes // 4)
         self.probe: Tensor | None = None
 
     def require(self, probe: Float[Tensor, " d_model"]) -> None:
@@ -137,7 +140,8 @@ def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int =
     if eraser.pooled is not None:
         decided |= dict(zip(missing, decide_whole(eraser, pipe, [texts[row] for row in missing]), strict=True))
         missing = []
-    for contents in stream_contents(pipe, site, missing, [texts[row] for row in missing], batch_tokens, "check prompts"):
+    batches = stream_contents(pipe, site, missing, [texts[row] for row in missing], batch_tokens, "check prompts")
+    for contents in joined(batches, SETTLED_TOKENS):
         for i, decision in zip(contents.prompts, decide_contents(eraser, contents), strict=True):
             decided[missing[i]] = decision
 
@@ -183,28 +187,29 @@ def decide_whole(eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[Deci
 
 
 def decide_contents(eraser: Eraser, contents: Contents) -> list[Decision]:
-    """Decide on prompts; tokens that are known to be below all thresholds, or not to be, are not looked at again."""
+    """Decide on prompts; tokens that are settled already are not looked at again."""
     prompts = [x.clone() for x in contents.split()]
     if eraser.early_exit is None:
         decisions = eraser.decide_all(prompts)
     else:
-        below = below_by_prefix(eraser, contents.keys, contents.x).split(contents.n_tokens)
-        decisions = list(map(eraser.decide_marked, prompts, below))
+        decisions = eraser.decide_settled(prompts, settle_prefixes(eraser, contents.keys, contents.x))
     if not all(decision.early for decision in decisions):
         eraser.sae.release()
     return decisions
 
 
-def below_by_prefix(eraser: Eraser, keys: Sequence[bytes], x: Float[Tensor, "tokens d_model"]) -> Bool[Tensor, " tokens"]:
-    """Mark the tokens that are certainly below all thresholds; each distinct beginning of a prompt is looked at once."""
+def settle_prefixes(eraser: Eraser, keys: Sequence[bytes], x: Float[Tensor, "tokens d_model"]) -> list[Reached | None]:
+    """Return which thresholds every token certainly reaches, None if open; each distinct beginning is settled once."""
     known = eraser.memory.prefixes
-    first = {key: i for i, key in reversed(list(enumerate(keys))) if known.get(key) is None}
+    found: dict[bytes, Reached | None] = {key: known.get(key) for key in keys}
+    fresh = {key: i for i, key in reversed(list(enumerate(keys))) if found[key] is None}
     assert eraser.early_exit is not None
-    fresh = eraser.early_exit.below(x[list(first.values())], eraser.gate.thresholds, eraser.sae).tolist()
-    marks = dict(zip(first, fresh, strict=True))
-    for key, mark in marks.items():
-        known.put(key, mark, PREFIX_BYTES)
-    return torch.tensor([marks[key] if key in marks else bool(known.get(key)) for key in keys], dtype=torch.bool)
+    settled = eraser.early_exit.settle(x[list(fresh.values())], eraser.gate.thresholds)
+    for key, reached in zip(fresh, settled, strict=True):
+        found[key] = reached
+        if reached is not None:
+            known.put(key, reached, PREFIX_BYTES)
+    return [found[key] for key in keys]
 
 
 def clean(token: str) -> str:

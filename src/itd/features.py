@@ -152,10 +152,10 @@ class FeatureStats:
         return (self.squares / max(1, self.n_prompts) - mean.square()).clamp_min(0).float()
 
     def often(self, share: float = 1 / 16, most: int = 2**15) -> Int[Tensor, " n"]:
-        """Return the latents that are active in most prompts: `share` of all and at least 4 k, at most `most`; sorted."""
+        """Return the latents that are active in most prompts, those first: `share` of all, at least 4 k, at most `most`."""
         config = self.sae.config
         size = min(max(round(share * config.n_latents), 4 * config.k), most, int((self.n_active > 0).sum()))
-        return self.n_active.topk(size).indices.sort().values
+        return self.n_active.topk(size).indices
 
     def union(self, name: str = "") -> ConceptFeatures:
         """Return the union over prompts of their k_sel largest latents, weighted by their mean. Source: ItD, section 4.2."""

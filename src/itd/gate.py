@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itd.early_exit import EarlyExit
+from itd.early_exit import EarlyExit, Reached
 from itd.features import ConceptFeatures, PromptCodes, all_indices, dense_acts
 from itd.kernels import SparseCodes
 from itd.sae import SAE
@@ -50,6 +50,8 @@ class Meaning(NamedTuple):
 
 PART_WAY = 0.45
 """The threshold of concepts in units in which retained prompts reach 0 and their own reach 1."""
+SMALLEST_UNIT = 0.05
+"""The least unit of a concept, as a share of what lies between the medians of its own and of retained prompts."""
 ROUNDING = 1e-5
 """What the same prompt's scores may differ by, relative to the largest score: batches are summed in different orders."""
 DENSE_BYTES = 64 * 2**20
@@ -205,10 +207,14 @@ def unit_apart(own: Float[Tensor, " n"], others: Float[Tensor, " m"], fpr: float
     """Return scale and offset of the unit in which `PART_WAY` is a concept's threshold, by held-out scores.
 
     0 is what a retained prompt reaches with probability at most `fpr`, 1 the lowest score of the concept's own prompts, save
-    one in twenty. Where the two are not apart, the threshold is what the retained prompts reach.
+    one in twenty. Where the two are not apart, the threshold is what the retained prompts reach. Where they hardly are, the
+    unit is larger: else scores would magnify what rounding does.
     """
     low, high = threshold_for_fpr(others, fpr), float(own.quantile(0.05))
-    return (1 / (high - low), -low / (high - low)) if high > low else (1.0, PART_WAY - low)
+    threshold = low + PART_WAY * max(high - low, 0)
+    unit = max(high - low, SMALLEST_UNIT * float(own.median() - others.median()))
+    scale = 1 / unit if unit > 0 else 1.0
+    return scale, PART_WAY - scale * threshold
 
 
 def auroc(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> float:
@@ -282,8 +288,8 @@ def describe_threshold(
 class Decision:
     """What the gate says of one prompt. `score` and `threshold` are those of the concept with the largest margin.
 
-    A prompt that is certainly below every threshold is decided before its scores are known. They are computed when they are
-    asked for, and are the same as if they had been computed first.
+    A prompt is mostly decided by bounds of its scores before they are known. They are computed when they are asked for, and are
+    the same as if they had been computed first.
     """
 
     fired: bool
@@ -356,18 +362,28 @@ class Gate:
 
         With an `early_exit`, the full computation is left out where the result is certain without it.
         """
-        certain = early_exit is not None and len(x) > 0 and bool(early_exit.below(x, self.thresholds, sae).all())
-        return self.passed(sae, concepts, x) if certain else self.decide_in_full(sae, concepts, x)
+        settled = () if early_exit is None else early_exit.settle(x, self.thresholds)
+        return self.decide_settled(sae, concepts, x, settled)
+
+    def decide_settled(
+        self,
+        sae: SAE,
+        concepts: Sequence[ConceptFeatures],
+        x: Float[Tensor, "tokens d_model"],
+        settled: Sequence[Reached | None],
+    ) -> Decision:
+        """Decide by what is certain of every token, if that decides; else in full."""
+        reached = [each for each in settled if each is not None]
+        if len(x) == 0 or len(reached) < len(x):
+            return self.decide_in_full(sae, concepts, x)
+        fired = tuple(sorted(set[int]().union(*reached)))
+        return Decision(bool(fired), fired, self.thresholds, lambda: score(self.score, sae, concepts, x, self.strength), True)
 
     def decide_in_full(self, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"]) -> Decision:
         """Decide by the scores."""
         scores = score(self.score, sae, concepts, x, self.strength)
         fired = tuple((margins(scores, self.thresholds) >= 0).nonzero().flatten().tolist())
         return Decision(bool(fired), fired, self.thresholds, lambda: scores)
-
-    def passed(self, sae: SAE, concepts: Sequence[ConceptFeatures], x: Float[Tensor, "tokens d_model"]) -> Decision:
-        """Return the decision on a prompt whose scores are certainly below all thresholds."""
-        return Decision(False, (), self.thresholds, lambda: score(self.score, sae, concepts, x, self.strength), True)
 
     def early_exit(self, sae: SAE, concepts: Sequence[ConceptFeatures], often: Int[Tensor, " m"] | None) -> EarlyExit | None:
         """Return what decides most prompts early; `often`: latents that are active in most prompts.
