@@ -47,11 +47,11 @@ class Options:
     """stream: captions at paper size. world: the embedded world. concepts: time against their number. adding: new concepts."""
     systems: tuple[str, ...] = SYSTEMS
     """Systems of `stream`."""
-    batch: int = 50
+    batch: int = 100
     """Captions that are checked at a time."""
     naive: int = 100
     """Captions that the naive twin checks; it is slow."""
-    images: int = 4
+    images: int = 12
     """Images that are generated in the embedded world."""
     json: bool = False
     """Print one JSON object a line instead of a table."""
@@ -330,7 +330,7 @@ def adding(options: Options) -> list[dict[str, Any]]:
     eraser = load_eraser(problem)
     retained = Retained.load(folder / "retained", eraser.sae)
     listed = names(4 * problem.n_concepts)
-    one = name_prompts(listed[problem.n_concepts : problem.n_concepts + 1])
+    one = name_prompts([name for name in listed if name not in eraser.names][:1])
     many: PromptSet = name_prompts(listed[: 2 * problem.n_concepts])
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:

@@ -10,7 +10,8 @@ in trained autoencoders; how steeply, is found by bisection: the sixteenth of th
 same share of all activations as the sixteenth that is active most often does in the embedded world's trained autoencoder, on
 captions that it was not chosen on. What the early exit then meets is recorded as `made_share`: the share that latents chosen
 on the prompts to fit take of the activations of those to calibrate. Names are erased by `itd.erase` itself, from public lists
-of names, against other names and captions.
+of names, against other names and captions; those that it warns of, as the autoencoder has no features of them, give way to
+others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.activations import PROMPTS
 from benchmarks.environments import ROOT
-from itd import SAE, EraseConfig, Eraser, HookPoint, Prompt, PromptSet, Retained, SAEConfig, emoji, erase
+from itd import SAE, Eraser, HookPoint, Prompt, PromptSet, Retained, SAEConfig, emoji, erase
 from itd.activations import stream_contents
 from itd.kernels import SparseCodes
 from itd.pipelines import token_rows
@@ -245,8 +246,10 @@ def prepare(problem: Problem) -> Path:
     neutral = PromptSet(tuple(Prompt(text, split="calibrate" if i % 3 == 2 else "fit") for i, text in enumerate(other)))
     retained = Retained.make(pipe, sae, problem.site, kept, neutral)
     retained.save(folder / "retained")
-    target = name_prompts(listed[: problem.n_concepts])
-    erase(pipe, sae, problem.site, target, retained, config=EraseConfig()).save(folder / "eraser")
+    tried = listed[: 2 * problem.n_concepts]
+    weak = erase(pipe, sae, problem.site, name_prompts(tried[: problem.n_concepts * 5 // 4]), retained).records[0]["weak"]
+    chosen = [name for name in tried if name not in weak][: problem.n_concepts]
+    erase(pipe, sae, problem.site, name_prompts(chosen), retained).save(folder / "eraser")
     codes = retained.calibrate_codes.codes
     made = share_on(retained.stats(problem.k).often(), codes, problem.n_latents)
     about = {
