@@ -221,8 +221,7 @@ def test_the_unit_puts_the_threshold_part_way_and_is_never_so_small_that_it_magn
     scale, offset = unit_apart(own, others, 0.002)
     threshold = low + PART_WAY * max(high - low, 0)
     assert scale * threshold + offset == pytest.approx(PART_WAY, abs=1e-5)
-    if gap >= 0:
-        assert 1 / scale == pytest.approx(max(high - low, SMALLEST_UNIT * (1 + gap)), rel=1e-5)
+    assert 1 / scale == pytest.approx(max(high - low, SMALLEST_UNIT * (low - 0.5)), rel=1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 1.5, float("nan")])

@@ -51,7 +51,7 @@ class Meaning(NamedTuple):
 PART_WAY = 0.45
 """The threshold of concepts in units in which retained prompts reach 0 and their own reach 1."""
 SMALLEST_UNIT = 0.05
-"""The least unit of a concept, as a share of what lies between the medians of its own and of retained prompts."""
+"""The least unit of a concept, as a share of what lies between the median of retained prompts and the strongest."""
 ROUNDING = 1e-5
 """What the same prompt's scores may differ by, relative to the largest score: batches are summed in different orders."""
 DENSE_BYTES = 64 * 2**20
@@ -212,7 +212,7 @@ def unit_apart(own: Float[Tensor, " n"], others: Float[Tensor, " m"], fpr: float
     """
     low, high = threshold_for_fpr(others, fpr), float(own.quantile(0.05))
     threshold = low + PART_WAY * max(high - low, 0)
-    unit = max(high - low, SMALLEST_UNIT * float(own.median() - others.median()))
+    unit = max(high - low, SMALLEST_UNIT * (low - float(others.median())))
     scale = 1 / unit if unit > 0 else 1.0
     return scale, PART_WAY - scale * threshold
 
