@@ -1,4 +1,4 @@
-"""`itd`'s trainer, with the loss that the others minimise and moments in 8 bits."""
+"""`itd`'s trainer, with the loss that the others minimise; moments in 8 bits where they are large, else in bfloat16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 from benchmarks.peers.problem import Problem, System
 from itd import ActivationStore, SAEConfig, TrainConfig
 from itd.kernels import Group
+from itd.moments import MomentType
 from itd.training import Trainer
+
+LARGE = 2**16
+"""Latents from which moments in 8 bits are worth the time that rounding takes."""
 
 
 class Fed(Trainer):
@@ -46,8 +50,9 @@ class Ours:
 
 def settings_for(problem: Problem) -> TrainConfig:
     n_tokens = problem.n_steps * problem.tokens
-    settings = TrainConfig(n_tokens=n_tokens, batch_tokens=problem.tokens, init="data", moments="int8")
-    return replace(settings, lr=1e-2, warmup_steps=problem.warmup_steps)
+    settings = TrainConfig(n_tokens=n_tokens, batch_tokens=problem.tokens, init="data")
+    moments: MomentType = "int8" if problem.n_latents >= LARGE else "bfloat16"
+    return replace(settings, lr=1e-2, warmup_steps=problem.warmup_steps, moments=moments)
 
 
 def make(problem: Problem, x: Tensor) -> System:
