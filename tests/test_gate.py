@@ -220,8 +220,16 @@ def test_the_unit_puts_the_threshold_part_way_and_is_never_so_small_that_it_magn
     low, high = threshold_for_fpr(others, 0.002), float(own.quantile(0.05))
     scale, offset = unit_apart(own, others, 0.002)
     threshold = low + PART_WAY * max(high - low, 0)
-    assert scale * threshold + offset == pytest.approx(PART_WAY, abs=1e-5)
+    assert scale * threshold + offset == pytest.approx(PART_WAY, abs=2e-5)
     assert 1 / scale == pytest.approx(max(high - low, SMALLEST_UNIT * (low - 0.5)), rel=1e-5)
+
+
+@pytest.mark.parametrize("level", [0.0, -3.0, 1e6])
+def test_scores_that_are_all_the_same_have_a_unit_and_do_not_fire(level: float) -> None:
+    scores = torch.full((20,), level)
+    scale, offset = unit_apart(scores, scores, 0.1)
+    assert scale == 1
+    assert (scores + offset < PART_WAY).all()
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 1.5, float("nan")])

@@ -213,8 +213,8 @@ def unit_apart(own: Float[Tensor, " n"], others: Float[Tensor, " m"], fpr: float
     low, high = threshold_for_fpr(others, fpr), float(own.quantile(0.05))
     threshold = low + PART_WAY * max(high - low, 0)
     unit = max(high - low, SMALLEST_UNIT * (low - float(others.median())))
-    scale = 1 / unit if unit > 0 else 1.0
-    return scale, PART_WAY - scale * threshold
+    scale = 1 / unit if unit > 1e-6 + ROUNDING * abs(low) else 1.0
+    return scale, PART_WAY - ROUNDING - scale * threshold  # what is just below the threshold stays below in this unit
 
 
 def auroc(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> float:
