@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -127,13 +128,14 @@ class EarlyExit:
         """Return, for each token, the concepts whose threshold it certainly reaches; None where it is not certain for all.
 
         What is said of a token is right whatever stands beside it, so a batch may be taken at once. The few tokens that the
-        rows leave open are compared with all latents, in one pass over the encoder.
+        rows leave open are compared with all latents, as many as may be held in one pass over the encoder.
         """
         settled: list[Reached | None] = [() if below else None for below in self.below(x, thresholds).tolist()]
         still_open = [i for i, reached in enumerate(settled) if reached is None]
         if still_open and self.may_bound(x):
-            rows = x[still_open].to(self.sae.b_dec.dtype)
-            for i, reached in zip(still_open, self.compare_with_all(rows, self.limits(thresholds)), strict=True):
+            parts = x[still_open].to(self.sae.b_dec.dtype).split(chunk_size(self.features))
+            found = chain.from_iterable(self.compare_with_all(part, self.limits(thresholds)) for part in parts)
+            for i, reached in zip(still_open, found, strict=True):
                 settled[i] = reached
             self.sae.release()
         return settled
@@ -177,13 +179,12 @@ class EarlyExit:
         for part in torch.arange(len(W_enc)).split(PART_LATENTS):
             rows = slice(int(part[0]), int(part[-1]) + 1)
             left = left.with_codes(topk_encode(left.x, W_enc[rows], b_enc[rows], self.sae.b_dec, k + 1), rows.start, k + 1)
-            length = length_bound(left.x - self.sae.b_dec)
-            slack = Rows.holding(W_enc[left.codes.indices.flatten()], b_enc[left.codes.indices.flatten()]).rounding(length)
+            slack = self.whole.rounding(length_bound(left.x - self.sae.b_dec))
             following, kth = left.codes.acts.topk(2, dim=1, largest=False).values.T
             possible = torch.where(left.upper < kth - slack, 0, left.upper)
             reaches = torch.zeros(len(left.x), len(limits), dtype=torch.bool, device=x.device)
             if self.matched and rows.stop == len(W_enc):
-                certain = torch.where(left.lower > following + self.whole.rounding(length), left.lower, 0)
+                certain = torch.where(left.lower > following + slack, left.lower, 0)
                 reaches = self.lower_bound(certain, possible) >= limits
             done = (reaches | (self.upper_bound(possible) < limits)).all(1)
             for token, row in zip(left.tokens[done].tolist(), reaches[done], strict=True):
