@@ -11,7 +11,8 @@ SOURCE = Path(itd.__file__).parent
 ORDER = (
     "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "vocabulary", "synonyms", "activations",
     "screening", "selection", "kernels", "sae", "moments",
-    "memory", "training", "features", "early_exit", "gate", "pooled", "explain", "attachment", "eraser", "retained", "erasing",
+    "memory", "training", "features", "early_exit", "gate",
+    "discriminants", "pooled", "drafts", "explain", "attachment", "eraser", "retained", "erasing",
     "emoji",
 )  # fmt: skip
 """The library. What is not named here uses it and stands to its right."""

@@ -15,7 +15,7 @@ from itd import EraseConfig, Eraser, HookPoint, Retained, add_concepts, erase
 from itd.attacks.diffusion import encode
 from itd.gate import PART_WAY
 from itd.pipelines import pooled_embeddings, tokenize
-from itd.pooled import SHRINKAGE, PooledGate, put_instead
+from itd.pooled import PooledGate, put_instead
 
 ANCHOR = "a cup"
 MEANT, OTHERS = "a big red lamp", ["a photo of a dog", "my horse at night", "", "one tree in the park"]
@@ -40,7 +40,7 @@ def fitted(fpr: float = 0.02) -> PooledGate:
 def test_the_direction_is_that_of_the_hand_computed_discriminant():
     others, own = gaussian((0.0, 0.0), seed=3), gaussian((8.0, 3.0), seed=1)
     a, b, c = others[:, 0].var(correction=0), others[:, 1].var(correction=0), (others - others.mean(0)).prod(1).mean()
-    extra = SHRINKAGE * (a + b) / 2
+    extra = PooledGate.shrinkage * (a + b) / 2
     a, b, (u, v) = a + extra, b + extra, own.mean(0) - others.mean(0)
     expected = torch.stack([b * u - c * v, a * v - c * u])  # adjugate of [[a, c], [c, b]] times the difference of means
     torch.testing.assert_close(

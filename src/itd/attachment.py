@@ -14,12 +14,14 @@ from torch import Tensor
 
 from itd import pipelines
 from itd.cache import ByteCache
+from itd.drafts import DraftGate, draft_states
 from itd.gate import Decision
 from itd.hooks import Handle, before_forward, edit_output, edit_result
 from itd.pooled import encode_instead, put_instead
 
 if TYPE_CHECKING:
     from itd.eraser import Eraser
+    from itd.gate import Meaning
 
 ENFORCER = "_itd_enforcer"
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
@@ -147,15 +149,44 @@ class Attachment(Handle):
             raise RuntimeError(f"{name} returned no pooled embedding: the second gate cannot see the prompt; remove the eraser")
         rows = torch.tensor(self.marks).nonzero().flatten()
         meanings = second.decide(embeddings[rows.to(embeddings.device)])
-        first = self.decisions[-len(rows) :]
-        self.decisions[-len(rows) :] = [d.with_meaning(meaning) for d, meaning in zip(first, meanings, strict=True)]
-        self.n_fired += sum(bool(meaning.concepts) and not d.fired for d, meaning in zip(first, meanings, strict=True))
+        self.add_meanings(meanings)
         found = rows[torch.tensor([bool(meaning.concepts) for meaning in meanings])]
         if len(found) == 0:
             return None
         with self.enforcer.substitution():
             anchor = encode_instead(self.pipe, name, second.anchor, args, kwargs, self.input_ids.shape[1])
         return put_instead(result, anchor, found)
+
+    def add_meanings(self, meanings: Sequence[Meaning]) -> None:
+        """Join what a gate on the whole prompt says of the last prompts to their decisions."""
+        first = self.decisions[-len(meanings) :]
+        self.decisions[-len(meanings) :] = [d.with_meaning(meaning) for d, meaning in zip(first, meanings, strict=True)]
+        self.n_fired += sum(bool(meaning.concepts) and not d.fired for d, meaning in zip(first, meanings, strict=True))
+
+    def redraw(
+        self, states: Float[Tensor, "batch tokens d"], n_prompts: int, anchor_of: Callable[[str], Tensor]
+    ) -> Float[Tensor, "batch tokens d"]:
+        """Return the states that the image model is to see: an anchor's where the draft shows a concept, else the same tensor.
+
+        states: of every prompt, each repeated for its pictures. `anchor_of`: gives the states of a prompt.
+
+        Raises:
+            RuntimeError: the decisions are not one for each prompt.
+        """
+        gate = self.eraser.draft
+        if gate is None:
+            return states
+        if len(self.decisions) != n_prompts or len(states) % n_prompts:
+            raise RuntimeError(
+                f"the draft gate cannot tell the prompts apart: {n_prompts} prompts, {len(self.decisions)} decisions, "
+                f"{len(states)} states; nothing was generated"
+            )
+        repeats = len(states) // n_prompts
+        with self.enforcer.substitution():
+            meanings = gate.decide(draft_states(self.pipe, states[::repeats]))
+        self.add_meanings(meanings)
+        found = torch.tensor([bool(meaning.concepts) for meaning in meanings for _ in range(repeats)], device=states.device)
+        return torch.where(found[:, None, None], anchor_of(gate.anchor), states) if found.any() else states
 
     def begin_call(self, arguments: dict[str, Any], has_prompt: bool, ordered: bool) -> None:
         """Expect the prompts of a call of `encode_prompt`."""
@@ -191,7 +222,7 @@ class Enforcer:
         self.pipe = pipe
         self.attachments: list[Attachment] = []
         self.substituting = False
-        """An anchor is being encoded, which no gate looks at."""
+        """An anchor is being encoded, or a prompt drafted, which no gate looks at."""
         self.issued: ByteCache[bool] = ByteCache(ISSUED_ROWS)
         """Digests of the embeddings that `encode_prompt` returned last, with whether they may come back as positive ones."""
         self.admitted: dict[str, tuple[Tensor, int | None]] = {}
@@ -208,7 +239,17 @@ class Enforcer:
         return getattr(pipe, ENFORCER, None) or cls(pipe)
 
     def add(self, attachment: Attachment) -> None:
-        """Enforce one more eraser; embeddings that were encoded without it are not accepted any more."""
+        """Enforce one more eraser; embeddings that were encoded without it are not accepted any more.
+
+        Raises:
+            ValueError: a draft gate of another image model, or for a pipeline that it cannot be enforced on.
+        """
+        if attachment.eraser.draft is not None:
+            try:
+                self.require_drafts(attachment.eraser.draft)
+            except ValueError:
+                self.release_unused()
+                raise
         self.attachments.append(attachment)
         self.issued.clear()
         self.admitted.clear()
@@ -216,6 +257,18 @@ class Enforcer:
     def drop(self, attachment: Attachment) -> None:
         """Forget an attachment; with the last one the pipeline is as it was."""
         self.attachments.remove(attachment)
+        self.release_unused()
+
+    def require_drafts(self, gate: DraftGate) -> None:
+        """Raise ValueError if a draft gate is of another image model, or positive prompts cannot be told in what is encoded."""
+        if not self.is_known:
+            kind = type(self.pipe).__name__
+            raise ValueError(f"a draft gate is enforced on diffusers' Stable Diffusion pipelines only, this is {kind}")
+        with self.substitution():
+            gate.require_image_model(self.pipe)
+
+    def release_unused(self) -> None:
+        """Leave the pipeline as it was if no eraser is attached."""
         if not self.attachments:
             self.guard.remove()
             del self.pipe.encode_prompt
@@ -253,12 +306,29 @@ class Enforcer:
                     f"the gate at {attachment.eraser.hook_point} did not run while the prompt was encoded; "
                     "nothing was generated: remove the eraser to generate without it"
                 )
+        if n_prompts and any(attachment.eraser.draft is not None for attachment in self.attachments):
+            result = self.redrawn(result, n_prompts, args, kwargs)
         self.issue(result if isinstance(result, tuple) else (result,))
         return result
 
+    def redrawn(self, result: tuple[Tensor, ...], n_prompts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the draft gates see what `encode_prompt` returned, and put anchors where they fire."""
+
+        def anchor_of(prompt: str) -> Tensor:
+            bound = self.signature.bind(*args, **kwargs)
+            bound.arguments |= {"prompt": prompt, "num_images_per_prompt": 1}
+            bound.arguments.pop("negative_prompt", None)
+            with self.substitution():
+                return self.encode_prompt(*bound.args, **bound.kwargs)[0]
+
+        states, *rest = result
+        for attachment in self.attachments:
+            states = attachment.redraw(states, n_prompts, anchor_of)
+        return (states, *rest)
+
     @contextmanager
     def substitution(self) -> Generator[None, None, None]:
-        """Let no gate look at what is encoded inside."""
+        """Let no gate look at what is encoded or drafted inside."""
         self.substituting = True
         try:
             yield
@@ -302,6 +372,8 @@ class Enforcer:
 
     def check_embeddings(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise RuntimeError unless every row of the image model's text states came from `encode_gated`."""
+        if self.substituting:
+            return
         states = {
             "encoder_hidden_states": kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None),
             "text_embeds": (kwargs.get("added_cond_kwargs") or {}).get("text_embeds"),

@@ -22,6 +22,7 @@ from itd.sae import SAEConfig
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 N_STRONGEST = 5
+MORE_GATES = {"pooled": "second gate, on the pooled embedding", "draft": "draft gate, on the first guess of the picture"}
 
 
 def table(rows: Iterable[Sequence[str]], indent: str = "  ", left: int = 1) -> list[str]:
@@ -48,8 +49,9 @@ def describe_eraser(eraser: Eraser) -> str:
     lines = table([(name, n, text.ljust(width)) for name, n, text in rows], indent="")
     for calibration in calibration_of(eraser):
         lines += ["", *describe_calibration(calibration)]
-    if "pooled" in record:
-        lines += ["", "second gate, on the pooled embedding", *describe_rates(Calibration(**record["pooled"]))]
+    for kind, title in MORE_GATES.items():
+        if kind in record:
+            lines += ["", title, *describe_rates(Calibration(**record[kind]))]
     if record["weak"]:
         lines += ["", *(f"{name}: {reason}" for name, reason in record["weak"].items())]
     return "\n".join(lines)
@@ -79,8 +81,9 @@ def describe_check(check: Check) -> str:
     verdict = f"fires: {', '.join(check.concepts)}" if check.fired else "passes"
     lines = [check.prompt or "(empty prompt)", f"  {verdict}   score {check.score:.3f}   threshold {check.threshold:.3f}"]
     if check.meaning is not None:
-        verdict = f"means {', '.join(check.meaning.concepts)}" if check.meaning.concepts else "passes"
-        lines.append(f"  second gate: {verdict}   score {check.meaning.score:.3f}   threshold {check.meaning.threshold:.3f}")
+        meaning = check.meaning
+        verdict = f"means {', '.join(meaning.concepts)}" if meaning.concepts else "passes"
+        lines.append(f"  {meaning.by} gate: {verdict}   score {meaning.score:.3f}   threshold {meaning.threshold:.3f}")
     if check.tokens:
         rows = [("token", "score"), *((token, f"{score:.3f}") for token, score in check.tokens)]
         lines += ["", *table(rows)]

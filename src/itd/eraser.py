@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itd.artifacts import CONFIG, read_config, read_tensors, reading, require_keys, save_artifact
+from itd.drafts import DraftGate
 from itd.early_exit import EarlyExit, Reached
 from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, Gate, keep_features
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from itd.explain import Check, PromptMemory
 
 KIND = "eraser"
-SCHEMA_VERSION = 3
-"""2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate."""
+SCHEMA_VERSION = 4
+"""2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate, 4 the draft gate."""
 EditMode = Literal["scale", "remove", "subtract", "replace"]
 EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace")
 ENCODER_TOLERANCE = 0.03
@@ -96,6 +97,8 @@ class Eraser:
     """Latents that are active in most prompts, distinct: what decides early that features are not active."""
     pooled: PooledGate | None = None
     """A second gate, on the text encoder's pooled embedding."""
+    draft: DraftGate | None = None
+    """A gate on the image model's first guess of the picture."""
 
     def __post_init__(self) -> None:
         if not self.concepts:
@@ -240,8 +243,11 @@ class Eraser:
                 raise ValueError(f"erasers join only with the same {what}: {getattr(self, what)} and {getattr(other, what)}")
         if self.fingerprint is not None and other.fingerprint is not None:
             self.require_encoder(other.fingerprint)
-        if (self.pooled is None) != (other.pooled is None):
-            raise ValueError("an eraser with a pooled gate joins only another with one; make both with pooled_gate, or neither")
+        for kind in ("pooled", "draft"):
+            if (getattr(self, kind) is None) != (getattr(other, kind) is None):
+                raise ValueError(
+                    f"an eraser with a {kind} gate joins only another with one; make both with {kind}_gate, or neither"
+                )
         mine = list(zip(self.concepts, self.gate.thresholds, strict=True))
         fresh = [
             (concept, threshold)
@@ -257,6 +263,7 @@ class Eraser:
             records=self.records + tuple(record for record in other.records if record not in self.records),
             often=other.often if self.often is None else self.often,
             pooled=self.pooled | other.pooled if self.pooled is not None and other.pooled is not None else None,
+            draft=self.draft | other.draft if self.draft is not None and other.draft is not None else None,
         )
 
     def require_encoder(self, fingerprint: Float[Tensor, " d_model"]) -> None:
@@ -308,7 +315,10 @@ class Eraser:
             "gate": self.gate.to_dict(),
             "edit": asdict(self.edit),
             "records": list(self.records),
-            "pooled": None if self.pooled is None else {"concepts": list(self.pooled.names), "anchor": self.pooled.anchor},
+            **{
+                kind: None if gate is None else {"concepts": list(gate.names), "anchor": gate.anchor}
+                for kind, gate in (("pooled", self.pooled), ("draft", self.draft))
+            },
         }
         tensors = {
             "indices": torch.cat([concept.indices for concept in self.concepts]),
@@ -319,8 +329,11 @@ class Eraser:
                 tensors[name] = getattr(self, name)
         if self.often is not None:
             tensors["often"] = self.often.to(torch.int32)
-        if self.pooled is not None:
-            tensors |= {"pooled_directions": self.pooled.directions, "pooled_offsets": self.pooled.offsets}
+        for gate in (self.pooled, self.draft):
+            if gate is not None:
+                tensors |= {f"{gate.kind}_directions": gate.directions, f"{gate.kind}_offsets": gate.offsets}
+        if self.draft is not None and self.draft.origin is not None:
+            tensors["draft_origin"] = self.draft.origin
         save_artifact(folder, KIND, config, {"features": tensors}, SCHEMA_VERSION)
 
     @classmethod
@@ -333,16 +346,16 @@ class Eraser:
         """
         keys = ("sae", "hook_point", "concepts", "gate", "edit", "records")
         place = Path(folder) / CONFIG
-        config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=("pooled",))
+        config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=("pooled", "draft"))
         require_keys(place, config["sae"], ("sha256", "source"))
         for concept in config["concepts"]:
             require_keys(place, concept, ("name", "n_features", "scale", "offset"))
-        second = config.get("pooled")
+        more = {kind: config[kind] for kind in ("pooled", "draft") if config.get(kind) is not None}
         needed_tensors = ["indices", "weights"]
-        if second is not None:
-            require_keys(place, second, ("concepts", "anchor"))
-            needed_tensors += ["pooled_directions", "pooled_offsets"]
-        tensors = read_tensors(folder, config, "features", needed_tensors, ("fingerprint", "anchors", "often"))
+        for kind, described in more.items():
+            require_keys(place, described, ("concepts", "anchor"))
+            needed_tensors += [f"{kind}_directions", f"{kind}_offsets"]
+        tensors = read_tensors(folder, config, "features", needed_tensors, ("fingerprint", "anchors", "often", "draft_origin"))
         needed = find_sae(config["sae"], sae, folder)
         with reading(folder):
             sizes = [concept["n_features"] for concept in config["concepts"]]
@@ -361,12 +374,17 @@ class Eraser:
                 tensors.get("anchors"),
                 tuple(config["records"]),
                 tensors["often"].long() if "often" in tensors else None,
-                None
-                if second is None
-                else PooledGate(
-                    tuple(second["concepts"]), tensors["pooled_directions"], tensors["pooled_offsets"], second["anchor"]
-                ),
+                PooledGate(*gate_parts("pooled", more, tensors)) if "pooled" in more else None,
+                DraftGate(*gate_parts("draft", more, tensors), origin=tensors.get("draft_origin")) if "draft" in more else None,
             )
+
+
+def gate_parts(
+    kind: str, described: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
+) -> tuple[tuple[str, ...], Tensor, Tensor, str]:
+    """Return names, directions, offsets and anchor of a gate on the whole prompt, as they were saved."""
+    own = described[kind]
+    return tuple(own["concepts"]), tensors[f"{kind}_directions"], tensors[f"{kind}_offsets"], own["anchor"]
 
 
 def same_encoder(a: Float[Tensor, " d_model"], b: Float[Tensor, " d_model"]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from itd import pipelines
 from itd.activations import stream
+from itd.discriminants import Discriminants, Others, Own
+from itd.drafts import DraftGate, drafts_of, require_drafts
 from itd.eraser import Edit, EditMode, Eraser, same_encoder
 from itd.features import ConceptFeatures, FeatureStats, PromptCodes, fisher_filter, matched_filter, set_difference
 from itd.gate import PART_WAY, Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, unit_apart
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 CALIBRATIONS = ("apart", "shared")
 SELECTIONS = ("fisher", "evidence", "difference")
+MOST_DRAFTS = 1500
+"""Retained prompts that are drafted to fit the draft gate, and to calibrate it."""
 WEAK_RECALL = 0.5
 """Below this share of recognised held-out prompts, a concept is reported as one without features of its own."""
 
@@ -67,6 +71,11 @@ class EraseConfig:
     gives them the anchor's states. Checking prompts takes the whole text encoder then."""
     pooled_fpr: float = 0.002
     """False-positive rate of each concept in the second gate, on retain and neutral prompts."""
+    draft_gate: bool = False
+    """A gate on the image model's first guess of the picture: it stops what would draw a concept, whatever led there. Checking
+    a prompt takes a step of the image model then."""
+    draft_fpr: float = 0.002
+    """False-positive rate of each concept in the draft gate, on retain and neutral prompts."""
     seed: int = 0
     """Of the split of prompts that carry none."""
 
@@ -147,10 +156,11 @@ def erase(
     calibration = choose_threshold(settings, scores[0].amax(1), scores[1].amax(1))
     gate = Gate(settings.score, (calibration.threshold,) * len(concepts), settings.strength)
     record = make_record(settings, concepts, held_out, scores[0], calibration, target, kept)
-    pooled, does = pooled_gate(pipe, site, positive, kept, settings) if settings.pooled_gate else (None, {})
+    pooled, draft, does = whole_prompt_gates(pipe, site, positive, kept, settings)
     return Eraser(
         sae, site, concepts, gate, Edit(settings.edit, settings.strength, settings.n_edited), pipelines.fingerprint(pipe, site),
         anchor_activations(pipe, site, settings.anchor), (record | does,), kept.stats(settings.k_sel).often(), pooled,
+        draft,
     )  # fmt: skip
 
 
@@ -187,31 +197,58 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     chosen = choose_threshold(settings, torch.cat([*before, own.amax(1)]), negatives)
     parts = [describe_threshold(chosen.rule, chosen.threshold, scores, negatives) for scores in [*before, own.amax(1)]]
     records = [record | {"calibration": asdict(part)} for record, part in zip(eraser.records, parts[:-1], strict=True)]
-    pooled, does = pooled_gate(pipe, site, positive, kept, settings) if settings.pooled_gate else (None, {})
+    pooled, draft, does = whole_prompt_gates(pipe, site, positive, kept, settings)
     if eraser.pooled is not None and pooled is not None:
         pooled = eraser.pooled | pooled
+    if eraser.draft is not None and draft is not None:
+        draft = eraser.draft | draft
     records.append(make_record(settings, fresh, held_out, own, parts[-1], target, kept) | does)
     return replace(
-        eraser, concepts=concepts, pooled=pooled, gate=replace(eraser.gate, thresholds=(chosen.threshold,) * len(concepts)),
-        records=tuple(records), often=eraser.often if eraser.often is not None else kept.stats(settings.k_sel).often(),
+        eraser, concepts=concepts, pooled=pooled, draft=draft, records=tuple(records),
+        gate=replace(eraser.gate, thresholds=(chosen.threshold,) * len(concepts)),
+        often=eraser.often if eraser.often is not None else kept.stats(settings.k_sel).often(),
     )  # fmt: skip
 
 
-def pooled_gate(
+def whole_prompt_gates(
     pipe: Any, site: HookPoint, positive: PromptSet, kept: Retained, config: EraseConfig
-) -> tuple[PooledGate, dict[str, Any]]:
-    """Return the second gate of the target's concepts, and for the record what it does on held-out prompts."""
+) -> tuple[PooledGate | None, DraftGate | None, dict[str, Any]]:
+    """Return the gates of the target's concepts that the settings ask for, and for the record what they do on held-out prompts.
 
-    def embed(prompts: PromptSet) -> Tensor:
-        return pipelines.pooled_embeddings(pipe, site.encoder, prompts.texts)
+    Raises:
+        ValueError: a draft gate for a pipeline that cannot be drafted with, or another text encoder than the one it draws by.
+    """
+    pooled, draft, does = None, None, dict[str, Any]()
+    if config.pooled_gate:
 
+        def embed(prompts: PromptSet) -> Tensor:
+            return pipelines.pooled_embeddings(pipe, site.encoder, prompts.texts)
+
+        own, others = vectors_of(positive, (kept.fit, kept.calibrate), embed)
+        pooled = PooledGate.fit(own, others, config.pooled_fpr, config.anchor)
+        does["pooled"] = rates_of(pooled, own, others, config.pooled_fpr)
+    if config.draft_gate:
+        require_drafts(pipe)
+        few = kept.fit.sample(MOST_DRAFTS, config.seed), kept.calibrate.sample(MOST_DRAFTS, config.seed)
+        own, others = vectors_of(positive, few, lambda prompts: drafts_of(pipe, prompts.texts))
+        draft = DraftGate.fit_drafts(own, others, drafts_of(pipe, [""])[0], config.draft_fpr, config.anchor)
+        does["draft"] = rates_of(draft, own, others, config.draft_fpr)
+    return pooled, draft, does
+
+
+def vectors_of(
+    positive: PromptSet, kept: tuple[PromptSet, PromptSet], embed: Callable[[PromptSet], Tensor]
+) -> tuple[Own, Others]:
+    """Return what a gate on the whole prompt is fitted and calibrated on, per concept and of what must stay."""
     fit, held_out = positive.of("fit"), positive.of("calibrate")
     own = {name: (embed(fit.about(name)), embed(held_out.about(name))) for name in positive.concepts}
-    others = embed(kept.fit), embed(kept.calibrate)
-    gate = PooledGate.fit(own, others, config.pooled_fpr, config.anchor)
+    return own, (embed(kept[0]), embed(kept[1]))
+
+
+def rates_of(gate: Discriminants, own: Own, others: Others, fpr: float) -> dict[str, Any]:
+    """Return for the record what a gate on the whole prompt does on held-out prompts."""
     scores = [gate.scores(part).amax(1) for part in (torch.cat([mine for _, mine in own.values()]), others[1])]
-    found = describe_threshold(f"pooled, fpr={config.pooled_fpr}, {PART_WAY:.0%} of the way", PART_WAY, *scores)
-    return gate, {"pooled": asdict(found)}
+    return asdict(describe_threshold(f"{gate.kind}, fpr={fpr}, {gate.part_way:.0%} of the way", gate.part_way, *scores))
 
 
 def choose_threshold(settings: EraseConfig, positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Calibration:

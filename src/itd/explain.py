@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from itd import pipelines
 from itd.activations import Contents, joined, stream, stream_contents
 from itd.cache import ByteCache
+from itd.drafts import draft_states, drafts_of
 from itd.early_exit import Reached
 from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, Meaning, dense_acts
@@ -62,14 +63,14 @@ class Check:
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """Concepts that reached their threshold in either gate."""
+        """Concepts that reached their threshold in any gate."""
         first = tuple(self.eraser.names[c] for c in self.decision.concepts)
         meant = self.meaning.concepts if self.meaning else ()
         return first + tuple(name for name in meant if name not in first)
 
     @property
     def meaning(self) -> Meaning | None:
-        """What the second gate says, where the eraser has one."""
+        """What the gates on the whole prompt say, where the eraser has one."""
         return self.decision.meaning
 
     @property
@@ -131,13 +132,16 @@ def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int =
     site, memory = eraser.hook_point, eraser.memory
     probe = pipelines.fingerprint(pipe, site)
     eraser.require_encoder(probe)
+    if eraser.draft is not None:
+        eraser.draft.require_image_model(pipe)
+        probe = torch.cat([probe, drafts_of(pipe, [pipelines.PROBE])[0]])
     memory.require(probe)
     tokenizer = pipelines.tokenizer_of(pipe, site.encoder)
     rows = [tuple(row) for row in pipelines.token_rows(pipe, site.encoder, prompts)]
     decided = {row: memory.decisions.get(row) for row in rows}
     texts = dict(zip(rows, prompts, strict=True))
     missing = [row for row, decision in decided.items() if decision is None]
-    if eraser.pooled is not None:
+    if eraser.pooled is not None or eraser.draft is not None:
         decided |= dict(zip(missing, decide_whole(eraser, pipe, [texts[row] for row in missing]), strict=True))
         missing = []
     batches = stream_contents(pipe, site, missing, [texts[row] for row in missing], batch_tokens, "check prompts")
@@ -160,15 +164,16 @@ def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int =
 
 @torch.no_grad()
 def decide_whole(eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[Decision]:
-    """Decide on prompts by both gates: the whole text encoder runs, with the eraser's edit, as when it is attached."""
-    site, second = eraser.hook_point, eraser.pooled
+    """Decide on prompts by all gates: the whole text encoder runs, with the eraser's edit, as when it is attached."""
+    site = eraser.hook_point
+    tokenize = pipelines.tokenize_short if eraser.draft is None else pipelines.tokenize
     encoder, tokenizer = pipelines.encoder_of(pipe, site.encoder), pipelines.tokenizer_of(pipe, site.encoder)
     device = next(encoder.parameters()).device
     worker = eraser if eraser.sae.W_enc.device == device else eraser.to(device)
     decisions: list[Decision] = []
     starts = range(0, len(prompts), WHOLE_BATCH)
     for start in tqdm(starts, desc="check prompts", unit="batch", leave=False, disable=len(starts) < 16):
-        tokens = pipelines.tokenize_short(pipe, site.encoder, prompts[start : start + WHOLE_BATCH])
+        tokens = tokenize(pipe, site.encoder, prompts[start : start + WHOLE_BATCH])
         content, editable = (mask(tokens.input_ids, tokenizer) for mask in (pipelines.content_mask, pipelines.edit_mask))
         first: list[Decision] = []
 
@@ -179,11 +184,27 @@ def decide_whole(eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[Deci
 
         mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
         with edit_output(site.resolve(pipe), edit):
-            embeddings = pipelines.pooled_output(encoder(tokens.input_ids.to(device), attention_mask=mask))
-        if second is None or embeddings is None:
-            raise ValueError(f"{site.encoder} has no pooled output, which the second gate of the eraser needs")
-        decisions += [d.with_meaning(m) for d, m in zip(first, second.decide(embeddings), strict=True)]
+            output = encoder(tokens.input_ids.to(device), attention_mask=mask)
+        for meanings in meanings_of(eraser, pipe, output):
+            first = [d.with_meaning(meaning) for d, meaning in zip(first, meanings, strict=True)]
+        decisions += first
     return decisions
+
+
+def meanings_of(eraser: Eraser, pipe: Any, output: Any) -> Generator[list[Meaning], None, None]:
+    """Yield what each gate on the whole prompt says of the text encoder's output.
+
+    Raises:
+        ValueError: the output has no pooled embedding and a gate needs it.
+    """
+    if eraser.pooled is not None:
+        embeddings = pipelines.pooled_output(output)
+        if embeddings is None:
+            name = eraser.hook_point.encoder
+            raise ValueError(f"{name} has no pooled output, which the second gate of the eraser needs")
+        yield eraser.pooled.decide(embeddings)
+    if eraser.draft is not None:
+        yield eraser.draft.decide(draft_states(pipe, output[0]))
 
 
 def decide_contents(eraser: Eraser, contents: Contents) -> list[Decision]:

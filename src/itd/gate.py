@@ -39,13 +39,20 @@ class FilterBank(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What the second gate says of one prompt (`itd.pooled`)."""
+    """What the gates on the whole prompt say of it (`itd.pooled`, `itd.drafts`)."""
 
     concepts: tuple[str, ...]
     """Concepts that the whole prompt means."""
     score: float
     """Of the concept that comes closest."""
     threshold: float
+    by: str = "pooled"
+    """The gate that the score is of: `pooled` or `draft`."""
+
+    def joined(self, other: Meaning) -> Meaning:
+        """Return what two gates say of one prompt: the concepts of both, the score of the one that comes closer."""
+        closer = max(self, other, key=lambda meaning: meaning.score - meaning.threshold)
+        return closer._replace(concepts=tuple(dict.fromkeys(self.concepts + other.concepts)))
 
 
 PART_WAY = 0.45
@@ -203,18 +210,20 @@ def threshold_for_recall(positives: Float[Tensor, " n"], recall: float) -> float
     return float(ordered[rank - 1])
 
 
-def unit_apart(own: Float[Tensor, " n"], others: Float[Tensor, " m"], fpr: float) -> tuple[float, float]:
-    """Return scale and offset of the unit in which `PART_WAY` is a concept's threshold, by held-out scores.
+def unit_apart(
+    own: Float[Tensor, " n"], others: Float[Tensor, " m"], fpr: float, own_quantile: float = 0.05, part_way: float = PART_WAY
+) -> tuple[float, float]:
+    """Return scale and offset of the unit in which `part_way` is a concept's threshold, by held-out scores.
 
-    0 is what a retained prompt reaches with probability at most `fpr`, 1 the lowest score of the concept's own prompts, save
-    one in twenty. Where the two are not apart, the threshold is what the retained prompts reach. Where they hardly are, the
-    unit is larger: else scores would magnify what rounding does.
+    0 is what a retained prompt reaches with probability at most `fpr`, 1 a quantile of the concept's own prompts: the lowest
+    score, save one in twenty. Where the two are not apart, the threshold is what the retained prompts reach. Where they hardly
+    are, the unit is larger: else scores would magnify what rounding does.
     """
-    low, high = threshold_for_fpr(others, fpr), float(own.quantile(0.05))
-    threshold = low + PART_WAY * max(high - low, 0)
+    low, high = threshold_for_fpr(others, fpr), float(own.quantile(own_quantile))
+    threshold = low + part_way * max(high - low, 0)
     unit = max(high - low, SMALLEST_UNIT * (low - float(others.median())))
     scale = 1 / unit if unit > 1e-6 + ROUNDING * abs(low) else 1.0
-    return scale, PART_WAY - ROUNDING - scale * threshold  # what is just below the threshold stays below in this unit
+    return scale, part_way - ROUNDING - scale * threshold  # what is just below the threshold stays below in this unit
 
 
 def auroc(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> float:
@@ -301,11 +310,12 @@ class Decision:
     early: bool = False
     """Decided before its scores were computed."""
     meaning: Meaning | None = None
-    """What the second gate said, where there is one."""
+    """What the gates on the whole prompt said, where there are any."""
 
     def with_meaning(self, meaning: Meaning) -> Decision:
-        """Return the decision of both gates."""
-        return replace(self, fired=bool(self.concepts or meaning.concepts), meaning=meaning)
+        """Return the decision of this gate and another, on the whole prompt."""
+        both = meaning if self.meaning is None else self.meaning.joined(meaning)
+        return replace(self, fired=bool(self.concepts or both.concepts), meaning=both)
 
     @cached_property
     def scores(self) -> Scores:

@@ -47,6 +47,8 @@ class AttackConfig:
     """In the embedded world, without --eraser: the eraser also knows the words that the text encoder takes for the names."""
     pooled_gate: bool = False
     """In the embedded world, without --eraser: the eraser also gates by the pooled embedding of the whole prompt."""
+    draft_gate: bool = False
+    """In the embedded world, without --eraser: the eraser also gates by the image model's first guess of the picture."""
     quick: bool = False
     """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
 
@@ -92,6 +94,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
         "names": list(names),
         "with_synonyms": stated.with_synonyms,
         "pooled_gate": stated.pooled_gate,
+        "draft_gate": stated.draft_gate,
     }
     world = World(out, "attack", options)
     rng = random.Random(stated.seed)
@@ -99,7 +102,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     others = sorted(set(world.nouns) - set(chosen))
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
-        settings = EraseConfig(pooled_gate=stated.pooled_gate)
+        settings = EraseConfig(pooled_gate=stated.pooled_gate, draft_gate=stated.draft_gate)
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
         eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), settings).eraser
     synonyms = {name: (*noun.implicit, *noun.tags) for name, noun in world.nouns.items()}

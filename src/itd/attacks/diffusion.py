@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from itd import pipelines
 from itd.attacks.base import Criterion, Goal, NotApplicable, System
 from itd.attacks.differentiable import erase_activations, gate_margin
+from itd.discriminants import Discriminants
+from itd.drafts import draft
 from itd.eraser import Eraser
-from itd.gate import PART_WAY
 from itd.hooks import edit_output
-from itd.pooled import PooledGate
 
 ENCODER = "text_encoder"
 REFERENCES = 8
@@ -94,13 +94,17 @@ def encode(
         for hook in hooks:
             hook.remove()
     encoded = Encoded(output.last_hidden_state, output.pooler_output, torch.stack(margins) if margins else None)
-    return encoded if eraser is None or eraser.pooled is None else behind_pooled_gate(pipe, eraser.pooled, encoded)
+    if eraser is not None and eraser.pooled is not None:
+        encoded = behind_gate(pipe, eraser.pooled, encoded, encoded.pooled)
+    if eraser is not None and eraser.draft is not None:
+        encoded = behind_gate(pipe, eraser.draft, encoded, draft(pipe, encoded.states))
+    return encoded
 
 
-def behind_pooled_gate(pipe: Any, gate: PooledGate, encoded: Encoded) -> Encoded:
-    """Return what the second gate lets through; the decision is hard, the margin of the gate that is closer has a gradient."""
+def behind_gate(pipe: Any, gate: Discriminants, encoded: Encoded, vectors: Float[Tensor, "batch d"]) -> Encoded:
+    """Return what a gate on the whole prompt lets through; the decision is hard, the closest gate's margin has a gradient."""
     assert encoded.margins is not None
-    margins = gate.scores(encoded.pooled).amax(1) - PART_WAY
+    margins = gate.scores(vectors).amax(1) - gate.part_way
     fired, anchor = margins.detach() >= 0, encode_texts(pipe, [gate.anchor])
     states = torch.where(fired[:, None, None], anchor.states, encoded.states)
     pooled = torch.where(fired[:, None], anchor.pooled, encoded.pooled)

@@ -47,6 +47,8 @@ class Unsafe:
     """Also erase by the words and what the text encoder takes for them: see `itd.synonyms`."""
     by_pooled: bool = True
     """Also erase by these with the second gate on the pooled embedding: see `itd.pooled`."""
+    by_draft: bool = True
+    """Also erase by these with the gate on the first guess of the picture: see `itd.drafts`."""
     by_name: bool = True
     """Also erase by the objects' names: what more could be had by knowing them."""
     seed: int = 0
@@ -88,7 +90,7 @@ class Unsafe:
     @property
     def ways(self) -> tuple[str, ...]:
         """What the erasers are told, each in turn."""
-        asked = {"synonyms": self.by_synonyms, "pooled": self.by_pooled, "names": self.by_name}
+        asked = {"synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft, "names": self.by_name}
         return ("words", *(way for way, wanted in asked.items() if wanted))
 
     def safe_nouns(self, world: World) -> list[str]:
@@ -118,11 +120,11 @@ class Unsafe:
         """Make the eraser of the words, with synonyms and a second gate, or of the objects' names, without the safe nouns."""
         sets = leak_free_sets(unsafe, safe)
         if by != "names":
-            words = [*self.words, *(self.synonyms(world) if by in ("synonyms", "pooled") else ())]
+            words = [*self.words, *(self.synonyms(world) if by != "words" else ())]
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
-        settings = replace(self.erase, pooled_gate=True) if by == "pooled" else self.erase
+        settings = replace(self.erase, pooled_gate=by == "pooled", draft_gate=by == "draft")
         return world.eraser(f"{self.name} {by}", sets, settings)
 
     def synonyms(self, world: World) -> list[str]:

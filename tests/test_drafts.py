@@ -1,0 +1,246 @@
+"""The draft gate: the first guess of the picture, and that it is enforced as the other gates are."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import SITE, make_eraser, make_sae, prompts_of
+from torch import Tensor
+
+from itd import EraseConfig, Eraser, HookPoint, Retained, add_concepts, erase
+from itd.attacks.diffusion import encode
+from itd.drafts import DraftGate, draft, drafts_of, towards
+from itd.pipelines import pooled_embeddings, tokenize
+from itd.pooled import PooledGate
+
+ANCHOR = "a cup"
+MEANT, OTHERS = "a big red lamp", ["a photo of a dog", "my horse at night", "", "one tree in the park"]
+"""The eraser under test has features of `house` only: its first gate does not fire on any of these."""
+OTHER_NOUNS = prompts_of("dog", "horse", "house", "tree")
+
+
+def with_gate(pipe: Any, eraser: Eraser) -> Eraser:
+    """Give an eraser a draft gate that tells `MEANT` from the other prompts."""
+    origin, *drafts = drafts_of(pipe, ["", MEANT, *OTHERS, ANCHOR])
+    vectors = towards(torch.stack(drafts), origin)
+    direction = torch.linalg.pinv(vectors - vectors[1:].mean(0)) @ torch.tensor([1.0] + [0.0] * (len(OTHERS) + 1))
+    gate = DraftGate(("lamp",), direction[None], -(vectors[1:].mean(0) @ direction)[None], ANCHOR, origin=origin)
+    return replace(eraser, draft=gate)
+
+
+def states_of(pipe: Any, prompts: list[str], n_images: int = 1) -> Tensor:
+    return pipe.encode_prompt(prompts, "cpu", n_images, False)[0]
+
+
+@pytest.fixture
+def guarded(pipe, eraser) -> Eraser:
+    assert not any(check.fired for check in eraser.check(pipe, [MEANT, *OTHERS]))
+    return with_gate(pipe, eraser)
+
+
+# The guess
+
+
+class StubUNet(torch.nn.Module):
+    """Says twice the noise plus the first value of the text states."""
+
+    config = SimpleNamespace(in_channels=1, sample_size=2)
+
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Any:
+        assert int(t) == 9
+        return SimpleNamespace(sample=2 * x + encoder_hidden_states[:, :1, :1, None])
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_noise", "of_text"),
+    [("v_prediction", 0.6 - 0.8 * 2, -0.8), ("epsilon", 1 - 0.8 * 2, -0.8), ("sample", 2.0, 1.0)],
+)
+def test_the_guess_is_the_formula_by_hand(kind, of_noise, of_text):
+    config = SimpleNamespace(prediction_type=kind, num_train_timesteps=10)
+    alphas = torch.full((10,), 0.36)  # sqrt 0.6; one minus it has the root 0.8
+    pipe = SimpleNamespace(unet=StubUNet(), scheduler=SimpleNamespace(config=config, alphas_cumprod=alphas))
+    noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0)).flatten(1)
+    states = torch.tensor([[[0.0]], [[5.0]]])
+    torch.testing.assert_close(draft(pipe, states), of_noise * noise + of_text * states[:, 0])
+
+
+def test_an_unknown_prediction_is_refused():
+    config = SimpleNamespace(prediction_type="flow", num_train_timesteps=10)
+    pipe = SimpleNamespace(unet=StubUNet(), scheduler=SimpleNamespace(config=config, alphas_cumprod=torch.ones(10)))
+    with pytest.raises(ValueError, match="scheduler has 'flow'"):
+        draft(pipe, torch.zeros(1, 1, 1))
+
+
+def test_large_guesses_are_averaged_over_squares(pipe, monkeypatch):
+    whole = drafts_of(pipe, [MEANT])
+    channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
+    monkeypatch.setattr("itd.drafts.MOST_VALUES", channels * (size // 2) ** 2)
+    image = whole.reshape(channels, size, size)
+    halves = image.unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4)).flatten()
+    torch.testing.assert_close(drafts_of(pipe, [MEANT])[0], halves)
+
+
+def test_how_far_a_draft_is_from_the_empty_prompts_does_not_count():
+    origin = torch.tensor([1.0, 2.0])
+    gate = DraftGate(("lamp",), torch.tensor([[1.0, 0.0]]), torch.tensor([0.5]), ANCHOR, origin=origin)
+    drafts = origin + torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    torch.testing.assert_close(gate.scores(drafts), torch.tensor([[1.1], [1.1], [0.5]]))
+
+
+# Enforcement
+
+
+def test_a_prompt_that_would_draw_the_concept_gets_the_anchors_states_and_the_others_keep_their_bits(pipe, guarded):
+    prompts = [OTHERS[0], MEANT, *OTHERS[1:]]
+    plain, anchor = states_of(pipe, prompts, 2), states_of(pipe, [ANCHOR])
+    with guarded.attach(pipe) as attached:
+        erased, decisions = states_of(pipe, prompts, 2), attached.decisions
+        assert (attached.n_prompts, attached.n_fired) == (len(prompts), 1)
+    assert [decision.fired for decision in decisions] == [prompt == MEANT for prompt in prompts]
+    assert decisions[1].concepts == ()
+    assert decisions[1].meaning is not None
+    assert (decisions[1].meaning.concepts, decisions[1].meaning.by) == (("lamp",), "draft")
+    torch.testing.assert_close(erased[2:4], anchor.expand(2, -1, -1))
+    kept = [i for i in range(2 * len(prompts)) if i not in (2, 3)]
+    assert torch.equal(erased[kept], plain[kept])
+    assert torch.equal(states_of(pipe, prompts, 2), plain)
+
+
+def test_pictures_behind_the_draft_gate_are_the_anchors_and_the_others_keep_their_bits(pipe, guarded):
+    options = {"num_inference_steps": 2, "output_type": "pt", "height": 16, "width": 16}
+    wanted = [pipe([p], generator=torch.Generator().manual_seed(0), **options).images for p in (ANCHOR, OTHERS[0])]
+    with guarded.attach(pipe):
+        found = [pipe([p], generator=torch.Generator().manual_seed(0), **options).images for p in (MEANT, OTHERS[0])]
+    torch.testing.assert_close(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+
+
+def test_negative_prompts_are_not_drafted(pipe, guarded):
+    plain = pipe.encode_prompt(OTHERS[:1], "cpu", 1, True, negative_prompt=[MEANT])
+    with guarded.attach(pipe) as attached:
+        erased = pipe.encode_prompt(OTHERS[:1], "cpu", 1, True, negative_prompt=[MEANT])
+    assert all(torch.equal(a, b) for a, b in zip(erased, plain, strict=True))
+    assert attached.n_fired == 0
+
+
+def test_check_says_what_the_attached_gates_do(pipe, guarded):
+    prompts = [MEANT, *OTHERS, "a house"]
+    with guarded.attach(pipe) as attached:
+        states_of(pipe, prompts)
+    checks = guarded.check(pipe, prompts)
+    assert [check.fired for check in checks] == [decision.fired for decision in attached.decisions]
+    assert [check.concepts for check in checks[:-1]] == [("lamp",), *[()] * len(OTHERS)]
+    for check, decision in zip(checks, attached.decisions, strict=True):
+        assert check.meaning is not None
+        assert decision.meaning is not None
+        assert check.meaning.score == pytest.approx(decision.meaning.score, abs=1e-4)
+
+
+def test_both_gates_on_the_whole_prompt_are_asked(pipe, guarded):
+    embeddings = pooled_embeddings(pipe, "text_encoder", [OTHERS[0], MEANT, ANCHOR])
+    direction = torch.linalg.pinv(embeddings - embeddings[1:].mean(0)) @ torch.tensor([1.0, 0.0, 0.0])
+    gate = PooledGate(("dog",), direction[None], -(embeddings[1:].mean(0) @ direction)[None], ANCHOR)
+    both = replace(guarded, pooled=gate)
+    prompts = [MEANT, OTHERS[0]]
+    with both.attach(pipe) as attached:
+        states_of(pipe, prompts)
+    found = [[d.meaning.concepts for d in decided if d.meaning] for decided in (attached.decisions, both.check(pipe, prompts))]
+    assert found == [[("lamp",), ("dog",)]] * 2
+    assert attached.n_fired == 2
+
+
+def test_the_differentiable_draft_gate_is_the_attached_one(pipe, guarded):
+    prompts = [MEANT, *OTHERS]
+    with guarded.attach(pipe):
+        wanted = states_of(pipe, prompts)
+    found = encode(pipe, tokenize(pipe, "text_encoder", prompts).input_ids, eraser=guarded)
+    torch.testing.assert_close(found.states, wanted)
+    assert found.margins is not None
+    assert (found.margins >= 0).tolist() == [True] + [False] * len(OTHERS)
+
+
+def test_an_attacker_gets_a_gradient_through_the_draft(pipe, guarded):
+    input_ids = tokenize(pipe, "text_encoder", [MEANT]).input_ids
+    embeddings = pipe.text_encoder.get_input_embeddings()(input_ids).detach().requires_grad_()
+    margins = encode(pipe, input_ids, embeddings, guarded).margins
+    assert margins is not None
+    (gradient,) = torch.autograd.grad(margins.sum(), embeddings)
+    assert float(gradient.abs().max()) > 0
+
+
+def test_two_erasers_on_one_pipeline_do_not_see_the_anchor(pipe, guarded, boat_eraser):
+    with guarded.attach(pipe) as first, boat_eraser.attach(pipe) as second:
+        states_of(pipe, [MEANT, "a boat"])
+    assert (first.n_prompts, second.n_prompts) == (2, 2)
+    assert [decision.fired for decision in second.decisions] == [False, True]
+
+
+def test_another_image_model_is_refused_and_the_pipeline_left_as_it_was(pipe, guarded):
+    other = deepcopy(pipe.unet)
+    with torch.no_grad():
+        other.conv_out.weight.mul_(1.5)
+    kept, pipe.unet = pipe.unet, other
+    with pytest.raises(ValueError, match="made for another image model"):
+        guarded.attach(pipe)
+    with pytest.raises(ValueError, match="made for another image model"):
+        guarded.check(pipe, [MEANT])
+    pipe.unet = kept
+    assert "encode_prompt" not in vars(pipe)
+    assert guarded.check(pipe, [MEANT])[0].fired
+
+
+def test_pipelines_that_cannot_be_drafted_with_are_refused(xl_pipe, guarded):
+    site = HookPoint("text_encoder_2", str(SITE).split(":")[1])
+    eraser = replace(make_eraser(xl_pipe, make_sae(xl_pipe, site), "cat", site), draft=guarded.draft)
+    with pytest.raises(ValueError, match="needs a U-Net and one text encoder, StableDiffusionXLPipeline has others"):
+        eraser.attach(xl_pipe, ungated=["text_encoder"])
+    assert "encode_prompt" not in vars(xl_pipe)
+
+
+# Making and keeping
+
+
+def test_erase_makes_a_draft_gate_and_records_what_it_does(pipe, tmp_path, saved_sae):
+    made = erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=EraseConfig(draft_gate=True))
+    assert made.draft is not None
+    assert made.draft.names == ("cat",)
+    assert made.records[0]["draft"]["threshold"] == DraftGate.part_way
+    made.save(tmp_path)
+    loaded = Eraser.load(tmp_path, saved_sae)
+    assert loaded.draft is not None
+    assert loaded.draft.anchor == EraseConfig().anchor
+    for mine, theirs in zip(loaded.check(pipe, OTHERS), made.check(pipe, OTHERS), strict=True):
+        assert mine.concepts == theirs.concepts
+        assert mine.meaning is not None
+        assert theirs.meaning is not None
+        assert mine.meaning.score == pytest.approx(theirs.meaning.score, abs=1e-4)
+
+
+def test_without_it_nothing_of_it_is_made(pipe, saved_sae, tmp_path):
+    made = erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS)
+    assert made.draft is None
+    assert "draft" not in made.records[0]
+    made.save(tmp_path)
+    assert Eraser.load(tmp_path, saved_sae).draft is None
+
+
+def test_an_added_concept_gets_its_direction(pipe, sae):
+    kept = Retained.make(pipe, sae, SITE, OTHER_NOUNS)
+    made = erase(pipe, sae, SITE, prompts_of("cat"), kept, config=EraseConfig(draft_gate=True))
+    more = add_concepts(made, pipe, prompts_of("boat"), kept)
+    assert more.draft is not None
+    assert made.draft is not None
+    assert more.draft.names == ("cat", "boat")
+    assert torch.equal(more.draft.directions[0], made.draft.directions[0])
+
+
+def test_erasers_join_only_if_both_or_neither_have_a_draft_gate(guarded, eraser):
+    assert (guarded | guarded).draft is not None
+    for one, other in ((guarded, eraser), (eraser, guarded)):
+        with pytest.raises(ValueError, match="an eraser with a draft gate joins only another with one"):
+            one | other
