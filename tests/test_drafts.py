@@ -244,3 +244,18 @@ def test_erasers_join_only_if_both_or_neither_have_a_draft_gate(guarded, eraser)
     for one, other in ((guarded, eraser), (eraser, guarded)):
         with pytest.raises(ValueError, match="an eraser with a draft gate joins only another with one"):
             one | other
+
+
+def test_erasers_for_two_image_models_do_not_join(guarded):
+    assert guarded.draft is not None
+    assert guarded.draft.origin is not None
+    other = replace(guarded.draft, origin=2 * guarded.draft.origin)
+    with pytest.raises(ValueError, match="draft gates join only for the same image model"):
+        guarded.draft | other
+
+
+def test_a_pipeline_that_cannot_be_drafted_with_is_refused_before_anything_is_encoded(xl_pipe, monkeypatch):
+    monkeypatch.setattr("itd.erasing.encode_prompts", lambda *_: pytest.fail("prompts were encoded"))
+    sae = make_sae(xl_pipe)
+    with pytest.raises(ValueError, match="StableDiffusionXLPipeline has others; make the eraser without draft_gate"):
+        erase(xl_pipe, sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=EraseConfig(draft_gate=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +63,20 @@ class DraftGate(Discriminants):
         """Score prompts by their drafts."""
         return super().scores(towards(vectors, self.origin))
 
+    def __or__(self, other: Self) -> Self:
+        """Join the gates of two erasers.
+
+        Raises:
+            ValueError: other anchors, or other image models.
+        """
+        if self.origin is not None and other.origin is not None and not same_draft(self.origin, other.origin):
+            raise ValueError("draft gates join only for the same image model; make both erasers on one pipeline")
+        return super().__or__(other)
+
     def require_image_model(self, pipe: Any) -> None:
         """Raise ValueError if the pipeline cannot be drafted with, or its image model is not that of the gate."""
         require_drafts(pipe)
-        if self.origin is None:
-            return
-        found = drafts_of(pipe, [""])[0]
-        same = found.shape == self.origin.shape and bool((found - self.origin).norm() <= TOLERANCE * self.origin.norm())
-        if not same:
+        if self.origin is not None and not same_draft(drafts_of(pipe, [""])[0], self.origin):
             raise ValueError("the draft gate was made for another image model; make the eraser again on this pipeline")
 
 
@@ -79,6 +85,11 @@ def towards(drafts: Float[Tensor, "prompts d"], origin: Float[Tensor, " d"] | No
     if origin is None or drafts.shape[1] != len(origin):
         return F.normalize(drafts, dim=1)
     return F.normalize(drafts - origin.to(drafts), dim=1)
+
+
+def same_draft(a: Float[Tensor, " d"], b: Float[Tensor, " d"]) -> bool:
+    """Tell whether two drafts of one prompt are by the same image model, in whatever precision."""
+    return a.shape == b.shape and bool((a - b).norm() <= TOLERANCE * b.norm())
 
 
 def require_drafts(pipe: Any) -> None:

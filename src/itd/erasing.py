@@ -132,10 +132,13 @@ def erase(
 
     Raises:
         ValueError: an empty set, a target concept among the retained ones, a concept with prompts in one split only, splits
-            that leak, another hook point than the autoencoder's, a wrong d_model, NaN activations.
+            that leak, another hook point than the autoencoder's, a wrong d_model, NaN activations, a draft gate for a pipeline
+            that cannot be drafted with.
     """
     settings = find_preset(config) if isinstance(config, str) else config
     require_site(pipe, sae, site)
+    if settings.draft_gate:
+        require_drafts(pipe)
     if isinstance(retain, Retained):
         if neutral:
             raise ValueError("`Retained` holds the neutral prompts too; give neutral prompts when it is made")
@@ -213,11 +216,7 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
 def whole_prompt_gates(
     pipe: Any, site: HookPoint, positive: PromptSet, kept: Retained, config: EraseConfig
 ) -> tuple[PooledGate | None, DraftGate | None, dict[str, Any]]:
-    """Return the gates of the target's concepts that the settings ask for, and for the record what they do on held-out prompts.
-
-    Raises:
-        ValueError: a draft gate for a pipeline that cannot be drafted with, or another text encoder than the one it draws by.
-    """
+    """Return the gates that the settings ask for, and for the record what they do on held-out prompts."""
     pooled, draft, does = None, None, dict[str, Any]()
     if config.pooled_gate:
 
@@ -228,7 +227,6 @@ def whole_prompt_gates(
         pooled = PooledGate.fit(own, others, config.pooled_fpr, config.anchor)
         does["pooled"] = rates_of(pooled, own, others, config.pooled_fpr)
     if config.draft_gate:
-        require_drafts(pipe)
         few = kept.fit.sample(MOST_DRAFTS, config.seed), kept.calibrate.sample(MOST_DRAFTS, config.seed)
         own, others = vectors_of(positive, few, lambda prompts: drafts_of(pipe, prompts.texts))
         draft = DraftGate.fit_drafts(own, others, drafts_of(pipe, [""])[0], config.draft_fpr, config.anchor)

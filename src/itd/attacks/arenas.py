@@ -47,8 +47,9 @@ class AttackConfig:
     """In the embedded world, without --eraser: the eraser also knows the words that the text encoder takes for the names."""
     pooled_gate: bool = False
     """In the embedded world, without --eraser: the eraser also gates by the pooled embedding of the whole prompt."""
-    draft_gate: bool = False
-    """In the embedded world, without --eraser: the eraser also gates by the image model's first guess of the picture."""
+    draft_gate: bool = True
+    """In the embedded world, without --eraser: the eraser also gates by the image model's first guess of the picture, as one
+    that has to hold against attackers should. `itd erase` makes it when asked to."""
     quick: bool = False
     """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
 
