@@ -100,14 +100,18 @@ class Discriminants:
             found.append(Meaning(fired, max(row), self.part_way, self.kind))
         return found
 
+    def require_joinable(self, other: Discriminants) -> None:
+        """Raise ValueError unless the other gate replaces prompts by the same anchor."""
+        if self.anchor != other.anchor:
+            raise ValueError(f"{self.kind} gates join only with the same anchor: {self.anchor!r} and {other.anchor!r}")
+
     def __or__(self, other: Self) -> Self:
         """Join the gates of two erasers.
 
         Raises:
-            ValueError: they replace prompts by different anchors.
+            ValueError: see `require_joinable`.
         """
-        if self.anchor != other.anchor:
-            raise ValueError(f"{self.kind} gates join only with the same anchor: {self.anchor!r} and {other.anchor!r}")
+        self.require_joinable(other)
         known = {(name, direction.numpy().tobytes()) for name, direction in zip(self.names, self.directions, strict=True)}
         fresh = [i for i, name in enumerate(other.names) if (name, other.directions[i].numpy().tobytes()) not in known]
         return replace(

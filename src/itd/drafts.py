@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,15 +63,12 @@ class DraftGate(Discriminants):
         """Score prompts by their drafts."""
         return super().scores(towards(vectors, self.origin))
 
-    def __or__(self, other: Self) -> Self:
-        """Join the gates of two erasers.
-
-        Raises:
-            ValueError: other anchors, or other image models.
-        """
-        if self.origin is not None and other.origin is not None and not same_draft(self.origin, other.origin):
+    def require_joinable(self, other: Discriminants) -> None:
+        """Raise ValueError unless the other gate replaces prompts by the same anchor, and is for the same image model."""
+        super().require_joinable(other)
+        theirs = getattr(other, "origin", None)
+        if self.origin is not None and theirs is not None and not same_draft(self.origin, theirs):
             raise ValueError("draft gates join only for the same image model; make both erasers on one pipeline")
-        return super().__or__(other)
 
     def require_image_model(self, pipe: Any) -> None:
         """Raise ValueError if the pipeline cannot be drafted with, or its image model is not that of the gate."""
