@@ -22,9 +22,10 @@ from tiny import FRAMES, NOUNS, SITE, build_pipeline, prompts_of
 
 from itd import SAE, ActivationStore, EraseConfig, Eraser, PromptSet, TrainConfig, cli, inputs
 from itd.cli import main
+from itd.drafts import DraftGate
 from itd.emoji.data import Noun
 from itd.erasing import PRESETS
-from itd.gate import PART_WAY
+from itd.pooled import PooledGate
 from itd.templates import TEMPLATES
 from itd.training import PAPER_TRAINING, Trainer
 
@@ -264,18 +265,32 @@ def test_erase_says_what_it_found(made: Path, tmp_path: Path, capsys: pytest.Cap
         assert word in out
 
 
-def test_a_second_gate_is_made_on_demand_and_speaks_in_check(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+@pytest.mark.parametrize(
+    ("flag", "title", "named", "threshold"),
+    [
+        ("--pooled-gate", "second gate, on the pooled embedding", "  second gate: ", PooledGate.part_way),
+        ("--draft-gate", "draft gate, on the first guess of the picture", "  draft gate: ", DraftGate.part_way),
+    ],
+)
+def test_a_gate_on_the_whole_prompt_is_made_on_demand_and_speaks_in_check(
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    flag: str,
+    title: str,
+    named: str,
+    threshold: float,
 ) -> None:
-    again = ["erase", "--config", str(made / "house" / "command.json"), "--pooled-gate", "--out", str(tmp_path / "guarded")]
+    again = ["erase", "--config", str(made / "house" / "command.json"), flag, "--out", str(tmp_path / "guarded")]
     assert main(again) == 0
-    assert "second gate, on the pooled embedding" in capsys.readouterr().out
+    assert title in capsys.readouterr().out
     check = ["check", "--model", model, "--eraser", str(tmp_path / "guarded"), "a photo of a house"]
     assert main(check) == 0
-    assert "  second gate: " in capsys.readouterr().out
+    assert named in capsys.readouterr().out
     assert main([*check, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert found["meaning"]["threshold"] == PART_WAY
+    assert found["meaning"]["threshold"] == threshold
 
 
 def test_a_concept_without_features_of_its_own_is_reported(

@@ -271,7 +271,7 @@ def test_a_preset_is_taken_by_name(pipe: Any, sae: SAE, site: HookPoint) -> None
     eraser = make(pipe, sae, site, "paper")
     assert (eraser.gate.score, eraser.edit.mode, eraser.edit.strength) == ("reconstruction", "scale", -8.0)
     assert make(pipe, sae, site, "default").gate.score == "evidence"
-    with pytest.raises(ValueError, match=r"preset must be one of \['default', 'paper'\], got 'typo'"):
+    with pytest.raises(ValueError, match=r"preset must be one of \['default', 'paper', 'style'\], got 'typo'"):
         make(pipe, sae, site, "typo")
 
 

@@ -188,8 +188,8 @@ class Erase(OnModel):
     """Folder of the autoencoder. The embedded world has its own."""
     hook_point: MaybeStr = None
     """ENCODER:PATH, as text_encoder:encoder.layers.8. By default where the autoencoder was trained."""
-    preset: Literal["default", "paper"] = "default"
-    """Where the other values come from: `default` is ours, `paper` follows the publication."""
+    preset: Literal["default", "style", "paper"] = "default"
+    """Where the other values come from: `default` is ours, `style` edits more, `paper` follows the publication."""
     retained: MaybePath = None
     """Folder of what must stay, encoded once. Made from --retain and --neutral if it is not there, else taken for them."""
     add_to: MaybePath = None
@@ -360,7 +360,7 @@ class Evaluate(OnModel):
     seed: int = 0
     """Of concepts, prompts and pictures."""
     preset: Literal["default", "paper"] = "default"
-    """How erasers are made in the embedded world: `default` is ours, `paper` follows the publication."""
+    """How erasers are made in the embedded world: `default` is as the protocol says, `paper` follows the publication."""
     eraser: Erasers = ()
     """Folder of an eraser to measure instead of the protocol's own. Repeat the flag to join several."""
     sae: MaybePath = None
@@ -430,7 +430,7 @@ class Evaluate(OnModel):
                 if protocol != self.protocol and value != Evaluate.__dataclass_fields__[flag].default:
                     raise ValueError(f"--{flag.replace('_', '-')} belongs to `itd evaluate {protocol}`, not to {self.protocol}")
         chosen: dict[str, Any] = {name: value for name, value in own.get(self.protocol, {}).items() if value is not None}
-        if self.protocol not in ("minilm", "full-scale"):
+        if self.protocol not in ("minilm", "full-scale") and self.preset != "default":
             chosen["erase"] = PRESETS[self.preset]
         return chosen | {"seed": self.seed}
 

@@ -22,7 +22,10 @@ from itd.sae import SAEConfig
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 N_STRONGEST = 5
-MORE_GATES = {"pooled": "second gate, on the pooled embedding", "draft": "draft gate, on the first guess of the picture"}
+MORE_GATES = {
+    "pooled": ("second gate", "on the pooled embedding"),
+    "draft": ("draft gate", "on the first guess of the picture"),
+}
 
 
 def table(rows: Iterable[Sequence[str]], indent: str = "  ", left: int = 1) -> list[str]:
@@ -51,7 +54,7 @@ def describe_eraser(eraser: Eraser) -> str:
         lines += ["", *describe_calibration(calibration)]
     for kind, title in MORE_GATES.items():
         if kind in record:
-            lines += ["", title, *describe_rates(Calibration(**record[kind]))]
+            lines += ["", ", ".join(title), *describe_rates(Calibration(**record[kind]))]
     if record["weak"]:
         lines += ["", *(f"{name}: {reason}" for name, reason in record["weak"].items())]
     return "\n".join(lines)
@@ -83,7 +86,8 @@ def describe_check(check: Check) -> str:
     if check.meaning is not None:
         meaning = check.meaning
         verdict = f"means {', '.join(meaning.concepts)}" if meaning.concepts else "passes"
-        lines.append(f"  {meaning.by} gate: {verdict}   score {meaning.score:.3f}   threshold {meaning.threshold:.3f}")
+        gate = MORE_GATES[meaning.by][0]
+        lines.append(f"  {gate}: {verdict}   score {meaning.score:.3f}   threshold {meaning.threshold:.3f}")
     if check.tokens:
         rows = [("token", "score"), *((token, f"{score:.3f}") for token, score in check.tokens)]
         lines += ["", *table(rows)]

@@ -97,6 +97,7 @@ class EraseConfig:
 
 PRESETS: dict[str, EraseConfig] = {
     "default": EraseConfig(),
+    "style": EraseConfig(n_edited=64),
     "paper": EraseConfig(
         selection="difference",
         score="reconstruction",
@@ -107,7 +108,8 @@ PRESETS: dict[str, EraseConfig] = {
         fpr=None,
     ),
 }
-"""`default` is ours; `paper` follows the publication, with its inconsistencies resolved (docs/differences.md)."""
+"""`default` is ours, `style` too, for what is in everything that a prompt names, so that more has to be edited; `paper` follows
+the publication, with its inconsistencies resolved (docs/differences.md)."""
 
 
 def erase(
@@ -128,7 +130,7 @@ def erase(
         target: prompts of what is to go, with their concept; prompts without one are taken as one concept.
         retain: prompts of what must stay, close to the target where possible; or `Retained`, which has them encoded.
         neutral: general prompts that must pass.
-        config: an `EraseConfig`, or the name of a preset: "default" or "paper".
+        config: an `EraseConfig`, or the name of a preset: "default", "style" or "paper".
 
     Raises:
         ValueError: an empty set, a target concept among the retained ones, a concept with prompts in one split only, splits

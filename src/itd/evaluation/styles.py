@@ -13,7 +13,7 @@ from itd.emoji.captions import with_article
 from itd.emoji.data import DESIGNS
 from itd.emoji.prompts import STYLE_TEMPLATES
 from itd.eraser import Eraser
-from itd.erasing import EraseConfig
+from itd.erasing import PRESETS, EraseConfig
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Drawn, Leak, Made, Sets, Sight, World, deal, leak_free_sets, sample
@@ -43,7 +43,7 @@ class Styles:
     """Also erase each design alone with the evaluated prompts in the sets it is made from; the gate only, no pictures."""
     seed: int = 0
     """Of the nouns and the pictures."""
-    erase: EraseConfig = field(default_factory=EraseConfig)
+    erase: EraseConfig = field(default_factory=lambda: PRESETS["style"])
     """How the erasers are made."""
 
     def __post_init__(self) -> None:
