@@ -136,10 +136,11 @@ def test_half_of_the_kept_names_are_tested() -> None:
 
 def test_the_recall_within_the_bars_is_that_of_the_lowest_threshold_that_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "BARS", {"recall": 0.5, "fpr_kept": 0.25, "fpr_general": 0.0})
-    assert recall_at_bars([3.0, 2.0, 1.0, 0.0], [2.5, 1.5, 0.5, 0.1], [0.2, 0.1]) == 0.5
-    assert recall_at_bars([3.0, 2.0, 1.0, 0.0], [], [1.0, 0.1]) == 0.5
+    assert recall_at_bars([3.0, 2.0, 1.0, 0.0], [2.5, 1.5, 0.5, 0.1], [[0.2, 0.1]]) == 0.5
+    assert recall_at_bars([3.0, 2.0, 1.0, 0.0], [], [[1.0, 0.1]]) == 0.5
+    assert recall_at_bars([3.0, 2.0, 1.0, 0.0], [], [[1.0, 0.1], [2.0, 0.1]]) == 0.25
     with pytest.raises(ValueError, match="got none"):
-        recall_at_bars([1.0], [], [])
+        recall_at_bars([1.0], [], [[]])
 
 
 def test_the_protocol_trains_chooses_tests_and_goes_on(

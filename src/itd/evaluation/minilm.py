@@ -38,6 +38,8 @@ from itd.training import TrainConfig, train
 
 BARS = {"recall": 0.97, "fpr_kept": 0.01, "fpr_general": 0.003}
 """Recall on the test prompts is to be at least, false positives at most this."""
+PER_PROMPT = ("calibrate", "positives", "kept", "sources")
+"""What a trial keeps of single prompts."""
 LEAD = (
     "The gate on a pretrained sentence encoder and public prompt sets, without an image model. Leak-free: no tested sentence, "
     "kept name, caption or typed prompt was seen by the autoencoder, the features, the threshold or the choice of settings; "
@@ -83,7 +85,7 @@ class MiniLM:
     """Features per concept that are tried with each score."""
     eps: tuple[float, ...] = (0.01, 0.003, 0.03)
     """Variance floors that are tried with `evidence`."""
-    rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
+    rates: tuple[float, ...] = (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
     """False-positive rates that the threshold may be calibrated to."""
     n_general: int = 3000
     """Captions, and typed prompts, per split at most."""
@@ -199,8 +201,13 @@ class Margins:
 
     positives: tuple[float, ...]
     kept: tuple[float, ...]
-    general: tuple[float, ...]
+    sources: dict[str, tuple[float, ...]]
+    """Of general prompts, by where they come from."""
     rates: dict[str, Rate | float]
+
+    @property
+    def general(self) -> list[float]:
+        return [margin for margins in self.sources.values() for margin in margins]
 
 
 class Bench:
@@ -253,9 +260,9 @@ class Bench:
             **{f"fpr_{name}": rate(m >= 0 for m in margins) for name, margins in sources.items()},
             "auroc_kept": roc(tensor(positives), tensor(kept)).area,
             "auroc_general": roc(tensor(positives), tensor(general)).area,
-            "recall_at_bars": recall_at_bars(positives, kept if material.kept_must_pass else (), general),
+            "recall_at_bars": recall_at_bars(positives, kept if material.kept_must_pass else (), sources.values()),
         }  # fmt: skip
-        return Margins(tuple(positives), tuple(kept), tuple(general), found)
+        return Margins(tuple(positives), tuple(kept), {name: tuple(margins) for name, margins in sources.items()}, found)
 
     def choose(self, material: Material) -> dict[str, Any]:
         """Pick the autoencoder with the first settings, then the settings with it, by the recall that they allow within the
@@ -270,7 +277,7 @@ class Bench:
         best = max(trials, key=rank)
         candidate, config = Candidate(**best["candidate"]), EraseConfig(**best["config"])
         fpr = self.pick_rate(material, best)
-        shown = [{key: value for key, value in trial.items() if not isinstance(value, list)} for trial in trials]
+        shown = [{key: value for key, value in trial.items() if key not in PER_PROMPT} for trial in trials]
         return {"candidate": asdict(candidate), "config": asdict(replace(config, fpr=fpr)), "fpr": fpr, "trials": shown}
 
     def trial(self, material: Material, candidate: Candidate, config: EraseConfig) -> dict[str, Any]:
@@ -286,7 +293,8 @@ class Bench:
             values = {name: value.value if isinstance(value, Rate) else value for name, value in found.rates.items()}
             return {
                 "candidate": asdict(candidate), "config": asdict(config), **values, "calibrate": calibrate,
-                "positives": list(found.positives), "kept": list(found.kept), "general": list(found.general),
+                "positives": list(found.positives), "kept": list(found.kept),
+                "sources": {name: list(margins) for name, margins in found.sources.items()},
             }  # fmt: skip
 
         return self.ledger.cell(key, measure)
@@ -312,8 +320,8 @@ class Bench:
         allowed = []
         for fpr in sorted(self.protocol.rates):
             threshold = threshold_for_fpr(tensor(trial["calibrate"]), fpr)
-            shares = [float((tensor(trial[side]) >= threshold).double().mean()) for side in ("kept", "general")]
-            if (shares[0] <= BARS["fpr_kept"] or not material.kept_must_pass) and shares[1] <= BARS["fpr_general"]:
+            kept, *general = (share(side, threshold) for side in (trial["kept"], *trial["sources"].values()))
+            if (kept <= BARS["fpr_kept"] or not material.kept_must_pass) and max(general) <= BARS["fpr_general"]:
                 allowed.append(fpr)
         return max(allowed, default=min(self.protocol.rates))
 
@@ -375,9 +383,14 @@ def clustered(prompts: PromptSet, margins: Sequence[float]) -> Rate:
     return rate(margin >= 0 for margin in margins) if len(groups) < 2 else clustered_rate(list(groups.values()))
 
 
-def recall_at_bars(positives: Sequence[float], kept: Sequence[float], general: Sequence[float]) -> float:
-    """Return the recall of the lowest threshold that keeps both kinds of false positives within the bars."""
-    sides = (tensor(kept), BARS["fpr_kept"]), (tensor(general), BARS["fpr_general"])
+def share(margins: Sequence[float], threshold: float) -> float:
+    """Return the share of margins at or above a threshold."""
+    return float((tensor(margins) >= threshold).double().mean())
+
+
+def recall_at_bars(positives: Sequence[float], kept: Sequence[float], sources: Iterable[Sequence[float]]) -> float:
+    """Return the recall of the lowest threshold that keeps false positives within the bars, on every source of its own."""
+    sides = (tensor(kept), BARS["fpr_kept"]), *((tensor(source), BARS["fpr_general"]) for source in sources)
     thresholds = [side.sort(descending=True).values[int(bar * len(side))] for side, bar in sides if len(side)]
     if not thresholds:
         raise ValueError("recall within the bars needs prompts that must pass; got none")
