@@ -12,7 +12,7 @@ import torch
 from tiny import SITE, make_eraser, make_sae, prompts_of
 from torch import Tensor
 
-from itd import EraseConfig, Eraser, HookPoint, Retained, add_concepts, erase
+from itd import EraseConfig, Eraser, HookPoint, erase
 from itd.attacks.diffusion import encode
 from itd.drafts import DraftGate, draft, drafts_of, towards
 from itd.pipelines import pooled_embeddings, tokenize
@@ -200,50 +200,6 @@ def test_pipelines_that_cannot_be_drafted_with_are_refused(xl_pipe, guarded):
     with pytest.raises(ValueError, match="needs a U-Net and one text encoder, StableDiffusionXLPipeline has others"):
         eraser.attach(xl_pipe, ungated=["text_encoder"])
     assert "encode_prompt" not in vars(xl_pipe)
-
-
-# Making and keeping
-
-
-def test_erase_makes_a_draft_gate_and_records_what_it_does(pipe, tmp_path, saved_sae):
-    made = erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=EraseConfig(draft_gate=True))
-    assert made.draft is not None
-    assert made.draft.names == ("cat",)
-    assert made.records[0]["draft"]["threshold"] == DraftGate.part_way
-    made.save(tmp_path)
-    loaded = Eraser.load(tmp_path, saved_sae)
-    assert loaded.draft is not None
-    assert loaded.draft.anchor == EraseConfig().anchor
-    for mine, theirs in zip(loaded.check(pipe, OTHERS), made.check(pipe, OTHERS), strict=True):
-        assert mine.concepts == theirs.concepts
-        assert mine.meaning is not None
-        assert theirs.meaning is not None
-        assert mine.meaning.score == pytest.approx(theirs.meaning.score, abs=1e-4)
-
-
-def test_without_it_nothing_of_it_is_made(pipe, saved_sae, tmp_path):
-    made = erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS)
-    assert made.draft is None
-    assert "draft" not in made.records[0]
-    made.save(tmp_path)
-    assert Eraser.load(tmp_path, saved_sae).draft is None
-
-
-def test_an_added_concept_gets_its_direction(pipe, sae):
-    kept = Retained.make(pipe, sae, SITE, OTHER_NOUNS)
-    made = erase(pipe, sae, SITE, prompts_of("cat"), kept, config=EraseConfig(draft_gate=True))
-    more = add_concepts(made, pipe, prompts_of("boat"), kept)
-    assert more.draft is not None
-    assert made.draft is not None
-    assert more.draft.names == ("cat", "boat")
-    assert torch.equal(more.draft.directions[0], made.draft.directions[0])
-
-
-def test_erasers_join_only_if_both_or_neither_have_a_draft_gate(guarded, eraser):
-    assert (guarded | guarded).draft is not None
-    for one, other in ((guarded, eraser), (eraser, guarded)):
-        with pytest.raises(ValueError, match="an eraser with a draft gate joins only another with one"):
-            one | other
 
 
 def test_erasers_for_two_image_models_do_not_join(guarded):

@@ -1,123 +1,23 @@
-"""The second gate: its discriminant, and that it is enforced as the first one is."""
+"""The second gate, on the pooled embedding: that it is enforced as the first one is."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import FRAMES, SITE, make_eraser, make_sae, prompts_of
+from tiny import SITE, make_eraser, make_sae
 from torch import Tensor
 
-from itd import EraseConfig, Eraser, HookPoint, Retained, add_concepts, erase
+from itd import Eraser, HookPoint
 from itd.attacks.diffusion import encode
-from itd.gate import PART_WAY
 from itd.pipelines import pooled_embeddings, tokenize
 from itd.pooled import PooledGate, put_instead
 
 ANCHOR = "a cup"
 MEANT, OTHERS = "a big red lamp", ["a photo of a dog", "my horse at night", "", "one tree in the park"]
 """The eraser under test has features of `house` only: its first gate does not fire on any of these."""
-
-OTHER_NOUNS = prompts_of("dog", "horse", "house", "tree")
-
-
-def gaussian(mean: tuple[float, float], n: int = 400, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.tensor(mean) + torch.randn(n, 2, generator=generator) * torch.tensor([1.0, 3.0])
-
-
-def fitted(fpr: float = 0.02) -> PooledGate:
-    own = gaussian((8.0, 3.0), seed=1), gaussian((8.0, 3.0), seed=2)
-    return PooledGate.fit({"lamp": own}, (gaussian((0.0, 0.0), seed=3), gaussian((0.0, 0.0), seed=4)), fpr, ANCHOR)
-
-
-# Discriminant
-
-
-def test_the_direction_is_that_of_the_hand_computed_discriminant():
-    others, own = gaussian((0.0, 0.0), seed=3), gaussian((8.0, 3.0), seed=1)
-    a, b, c = others[:, 0].var(correction=0), others[:, 1].var(correction=0), (others - others.mean(0)).prod(1).mean()
-    extra = PooledGate.shrinkage * (a + b) / 2
-    a, b, (u, v) = a + extra, b + extra, own.mean(0) - others.mean(0)
-    expected = torch.stack([b * u - c * v, a * v - c * u])  # adjugate of [[a, c], [c, b]] times the difference of means
-    torch.testing.assert_close(
-        torch.nn.functional.normalize(fitted().directions[0], dim=0), torch.nn.functional.normalize(expected, dim=0)
-    )
-
-
-def test_zero_is_what_retained_prompts_reach_and_one_what_the_concepts_do():
-    gate = fitted(fpr=0.02)
-    others, own = gate.scores(gaussian((0.0, 0.0), seed=4)), gate.scores(gaussian((8.0, 3.0), seed=2))
-    assert (others >= 0).double().mean() <= 0.02
-    assert own.quantile(0.05) == pytest.approx(1, abs=1e-4)
-
-
-@pytest.mark.parametrize(("mean", "lowest", "highest"), [((8.0, 3.0), 0.95, 1.0), ((0.0, 0.0), 0.0, 0.01)])
-def test_fresh_prompts_are_told_apart(mean, lowest, highest):
-    fired = [bool(meaning.concepts) for meaning in fitted().decide(gaussian(mean, seed=9))]
-    assert lowest <= sum(fired) / len(fired) <= highest
-
-
-def test_a_concept_like_what_must_stay_fires_at_the_stated_rate_only():
-    same = gaussian((0.0, 0.0), seed=5)
-    gate = PooledGate.fit({"lamp": (same, same)}, (gaussian((0.0, 0.0), seed=3), gaussian((0.0, 0.0), seed=4)), 0.02, ANCHOR)
-    assert (gate.scores(gaussian((0.0, 0.0), seed=4)) >= PART_WAY).double().mean() <= 0.02
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_weights_that_could_not_fire_are_refused(value):
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        replace(fitted(), offsets=torch.tensor([value]))
-
-
-def test_nan_embeddings_are_refused():
-    with pytest.raises(ValueError, match="pooled embeddings contain NaN"):
-        fitted().decide(torch.full((1, 2), math.nan))
-
-
-def test_embeddings_of_another_width_are_refused():
-    with pytest.raises(ValueError, match="3 wide, the pooled gate was made for 2"):
-        fitted().decide(torch.zeros(1, 3))
-
-
-def test_numbers_of_names_and_directions_must_agree():
-    with pytest.raises(ValueError, match="2 concepts need as many directions and offsets, got 1 and 1"):
-        replace(fitted(), names=("lamp", "cup"))
-
-
-# Joining
-
-
-def test_joined_gates_decide_as_each_does_alone():
-    first = fitted()
-    second = PooledGate(("cup",), -first.directions, first.offsets, ANCHOR)
-    joined, x = first | second, gaussian((8.0, 3.0), n=20)
-    both = torch.cat([x, -x])
-    torch.testing.assert_close(joined.scores(both), torch.cat([first.scores(both), second.scores(both)], 1))
-    assert joined.names == ("lamp", "cup")
-
-
-def test_what_both_have_is_joined_once():
-    assert (fitted() | fitted()).names == ("lamp",)
-
-
-def test_different_anchors_do_not_join():
-    with pytest.raises(ValueError, match="pooled gates join only with the same anchor: 'a cup' and 'a tree'"):
-        fitted() | replace(fitted(), anchor="a tree")
-
-
-def test_erasers_join_only_if_both_or_neither_have_a_pooled_gate(pipe, eraser):
-    guarded = with_gate(pipe, eraser)
-    assert (guarded | guarded).pooled is not None
-    for one, other in ((guarded, eraser), (eraser, guarded)):
-        with pytest.raises(ValueError, match="joins only another with one"):
-            one | other
-
-
-# Enforcement
 
 
 def with_gate(pipe: Any, eraser: Eraser) -> Eraser:
@@ -231,52 +131,3 @@ def test_rows_are_replaced_in_every_tensor_of_a_result():
     assert found["all"][0].tolist() == [[0], [1], [0]]
     assert found["all"][1] is None
     assert not result["states"].any()
-
-
-# Making and keeping
-
-
-def test_erase_makes_a_second_gate_and_records_what_it_does(pipe, sae, tmp_path, saved_sae):
-    made = erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=EraseConfig(pooled_gate=True))
-    assert made.pooled is not None
-    assert made.pooled.names == ("cat",)
-    calibration = made.records[0]["pooled"]
-    assert calibration["threshold"] == PART_WAY
-    assert 0 <= calibration["recall"] <= 1
-    made.save(tmp_path)
-    loaded = Eraser.load(tmp_path, saved_sae)
-    assert loaded.pooled is not None
-    assert loaded.pooled.anchor == EraseConfig().anchor
-    prompts = [frame.format("cat") for frame in FRAMES] + OTHERS
-    for mine, theirs in zip(loaded.check(pipe, prompts), made.check(pipe, prompts), strict=True):
-        assert mine.concepts == theirs.concepts
-        assert mine.meaning is not None
-        assert theirs.meaning is not None
-        assert mine.meaning.score == pytest.approx(theirs.meaning.score, abs=1e-4)
-
-
-def test_without_it_nothing_of_it_is_made(pipe, saved_sae, tmp_path):
-    made = erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS)
-    assert made.pooled is None
-    assert "pooled" not in made.records[0]
-    made.save(tmp_path)
-    assert Eraser.load(tmp_path, saved_sae).pooled is None
-
-
-def test_an_added_concept_gets_its_direction(pipe, sae):
-    kept = Retained.make(pipe, sae, SITE, OTHER_NOUNS)
-    made = erase(pipe, sae, SITE, prompts_of("cat"), kept, config=EraseConfig(pooled_gate=True))
-    more = add_concepts(made, pipe, prompts_of("boat"), kept)
-    assert more.pooled is not None
-    assert more.pooled.names == ("cat", "boat")
-    assert made.pooled is not None
-    assert torch.equal(more.pooled.directions[0], made.pooled.directions[0])
-
-
-def test_altered_weights_of_the_second_gate_are_noticed(pipe, saved_sae, tmp_path):
-    config = EraseConfig(pooled_gate=True)
-    erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=config).save(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"anchor"', '"ankor"'))
-    with pytest.raises(ValueError, match="ankor"):
-        Eraser.load(tmp_path, saved_sae)
