@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SITE, make_eraser, make_sae
+from tiny import SITE, assert_check_says_what_is_enforced, make_eraser, make_sae, telling_apart
 from torch import Tensor
 
 from itd import Eraser, HookPoint
@@ -23,8 +23,7 @@ MEANT, OTHERS = "a big red lamp", ["a photo of a dog", "my horse at night", "", 
 def with_gate(pipe: Any, eraser: Eraser) -> Eraser:
     """Give an eraser a second gate that knows `MEANT` by its pooled embedding from the other prompts."""
     embeddings = pooled_embeddings(pipe, "text_encoder", [MEANT, *OTHERS, ANCHOR])
-    direction = torch.linalg.pinv(embeddings - embeddings[1:].mean(0)) @ torch.tensor([1.0] + [0.0] * (len(OTHERS) + 1))
-    return replace(eraser, pooled=PooledGate(("lamp",), direction[None], -(embeddings[1:].mean(0) @ direction)[None], ANCHOR))
+    return replace(eraser, pooled=PooledGate(("lamp",), *telling_apart(embeddings), ANCHOR))
 
 
 def states_of(pipe: Any, prompts: list[str], **options: Any) -> Tensor:
@@ -69,16 +68,9 @@ def test_pictures_behind_the_second_gate_are_the_anchors(pipe, guarded):
 
 def test_check_says_what_the_attached_gates_do(pipe, guarded):
     prompts = [MEANT, *OTHERS, "a house"]
-    with guarded.attach(pipe) as attached:
-        states_of(pipe, prompts)
-    checks = guarded.check(pipe, prompts)
-    assert [check.fired for check in checks] == [decision.fired for decision in attached.decisions]
+    checks = assert_check_says_what_is_enforced(guarded, pipe, prompts)
     assert [check.concepts for check in checks[:-1]] == [("lamp",), *[()] * len(OTHERS)]
     assert checks[-1].concepts[0] == "house"
-    for check, decision in zip(checks, attached.decisions, strict=True):
-        assert check.meaning is not None
-        assert decision.meaning is not None
-        assert check.meaning.score == pytest.approx(decision.meaning.score, abs=1e-4)
     assert checks[0].to_dict()["meaning"]["concepts"] == ("lamp",)
     assert "meaning" not in replace(guarded, pooled=None).check(pipe, [MEANT])[0].to_dict()
 

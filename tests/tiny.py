@@ -7,12 +7,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from itd import SAE, ActivationStore, Edit, Eraser, FeatureStats, Gate, HookPoint, PromptSet, SAEConfig, TrainConfig, record
 from itd.activations import stream
 from itd.emoji.clip import write_vocabulary
+from itd.explain import Check
 from itd.features import matched_filter
 from itd.gate import score
 from itd.pipelines import fingerprint
@@ -157,3 +158,23 @@ def make_eraser(pipe: Any, sae: SAE, noun: str, site: HookPoint = SITE, edit: Ed
     gate = Gate("evidence", ((low + high) / 2,))
     anchors = torch.randn(2, sae.config.d_model, generator=torch.Generator().manual_seed(9))
     return Eraser(sae, site, (concept,), gate, edit or Edit(), fingerprint(pipe, site), anchors)
+
+
+def telling_apart(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return direction and offset of a discriminant that is 1 on the first vector and 0 on the others."""
+    centre = vectors[1:].mean(0)
+    direction = torch.linalg.pinv(vectors - centre) @ torch.tensor([1.0] + [0.0] * (len(vectors) - 1))
+    return direction[None], -(centre @ direction)[None]
+
+
+def assert_check_says_what_is_enforced(eraser: Eraser, pipe: Any, prompts: list[str]) -> list[Check]:
+    """Compare `check` with the gates that are attached, all of them; return the checks."""
+    with eraser.attach(pipe) as attached:
+        pipe.encode_prompt(prompts, "cpu", 1, False)
+    checks = eraser.check(pipe, prompts)
+    assert [check.fired for check in checks] == [decision.fired for decision in attached.decisions]
+    for check, decision in zip(checks, attached.decisions, strict=True):
+        assert check.meaning is not None
+        assert decision.meaning is not None
+        assert abs(check.meaning.score - decision.meaning.score) <= 1e-4
+    return checks

@@ -15,13 +15,12 @@ from torch import Tensor
 from itd import pipelines
 from itd.cache import ByteCache
 from itd.drafts import DraftGate, draft_states
-from itd.gate import Decision
+from itd.gate import Decision, Meaning
 from itd.hooks import Handle, before_forward, edit_output, edit_result
 from itd.pooled import encode_instead, put_instead
 
 if TYPE_CHECKING:
     from itd.eraser import Eraser
-    from itd.gate import Meaning
 
 ENFORCER = "_itd_enforcer"
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")

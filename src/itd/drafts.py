@@ -70,11 +70,17 @@ class DraftGate(Discriminants):
         if self.origin is not None and theirs is not None and not same_draft(self.origin, theirs):
             raise ValueError("draft gates join only for the same image model; make both erasers on one pipeline")
 
-    def require_image_model(self, pipe: Any) -> None:
-        """Raise ValueError if the pipeline cannot be drafted with, or its image model is not that of the gate."""
+    def require_image_model(self, pipe: Any) -> Float[Tensor, " d"]:
+        """Return the pipeline's draft of the empty prompt, which identifies its image model.
+
+        Raises:
+            ValueError: the pipeline cannot be drafted with, or its image model is not that of the gate.
+        """
         require_drafts(pipe)
-        if self.origin is not None and not same_draft(drafts_of(pipe, [""])[0], self.origin):
+        found = drafts_of(pipe, [""])[0]
+        if self.origin is not None and not same_draft(found, self.origin):
             raise ValueError("the draft gate was made for another image model; make the eraser again on this pipeline")
+        return found
 
 
 def towards(drafts: Float[Tensor, "prompts d"], origin: Float[Tensor, " d"] | None) -> Float[Tensor, "prompts d"]:

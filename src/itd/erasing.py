@@ -221,16 +221,13 @@ def whole_prompt_gates(
     """Return the gates that the settings ask for, and for the record what they do on held-out prompts."""
     pooled, draft, does = None, None, dict[str, Any]()
     if config.pooled_gate:
-
-        def embed(prompts: PromptSet) -> Tensor:
-            return pipelines.pooled_embeddings(pipe, site.encoder, prompts.texts)
-
-        own, others = vectors_of(positive, (kept.fit, kept.calibrate), embed)
+        whole = kept.fit, kept.calibrate
+        own, others = vectors_of(positive, whole, lambda p: pipelines.pooled_embeddings(pipe, site.encoder, p.texts))
         pooled = PooledGate.fit(own, others, config.pooled_fpr, config.anchor)
         does["pooled"] = rates_of(pooled, own, others, config.pooled_fpr)
     if config.draft_gate:
         few = kept.fit.sample(MOST_DRAFTS, config.seed), kept.calibrate.sample(MOST_DRAFTS, config.seed)
-        own, others = vectors_of(positive, few, lambda prompts: drafts_of(pipe, prompts.texts))
+        own, others = vectors_of(positive, few, lambda p: drafts_of(pipe, p.texts))
         draft = DraftGate.fit_drafts(own, others, drafts_of(pipe, [""])[0], config.draft_fpr, config.anchor)
         does["draft"] = rates_of(draft, own, others, config.draft_fpr)
     return pooled, draft, does

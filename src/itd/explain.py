@@ -16,7 +16,7 @@ from tqdm import tqdm
 from itd import pipelines
 from itd.activations import Contents, joined, stream, stream_contents
 from itd.cache import ByteCache
-from itd.drafts import draft_states, drafts_of
+from itd.drafts import draft_states
 from itd.early_exit import Reached
 from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, Meaning, dense_acts
@@ -133,8 +133,7 @@ def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int =
     probe = pipelines.fingerprint(pipe, site)
     eraser.require_encoder(probe)
     if eraser.draft is not None:
-        eraser.draft.require_image_model(pipe)
-        probe = torch.cat([probe, drafts_of(pipe, [pipelines.PROBE])[0]])
+        probe = torch.cat([probe, eraser.draft.require_image_model(pipe)])
     memory.require(probe)
     tokenizer = pipelines.tokenizer_of(pipe, site.encoder)
     rows = [tuple(row) for row in pipelines.token_rows(pipe, site.encoder, prompts)]

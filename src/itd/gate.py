@@ -46,7 +46,7 @@ class Meaning(NamedTuple):
     score: float
     """Of the concept that comes closest."""
     threshold: float
-    by: str = "pooled"
+    by: str
     """The gate that the score is of: `pooled` or `draft`."""
 
     def joined(self, other: Meaning) -> Meaning:

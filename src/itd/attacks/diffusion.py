@@ -105,10 +105,13 @@ def behind_gate(pipe: Any, gate: Discriminants, encoded: Encoded, vectors: Float
     """Return what a gate on the whole prompt lets through; the decision is hard, the closest gate's margin has a gradient."""
     assert encoded.margins is not None
     margins = gate.scores(vectors).amax(1) - gate.part_way
-    fired, anchor = margins.detach() >= 0, encode_texts(pipe, [gate.anchor])
+    closest, fired = torch.maximum(encoded.margins, margins), margins.detach() >= 0
+    if not fired.any():
+        return encoded._replace(margins=closest)
+    anchor = encode_texts(pipe, [gate.anchor])
     states = torch.where(fired[:, None, None], anchor.states, encoded.states)
     pooled = torch.where(fired[:, None], anchor.pooled, encoded.pooled)
-    return Encoded(states, pooled, torch.maximum(encoded.margins, margins))
+    return Encoded(states, pooled, closest)
 
 
 def encode_texts(pipe: Any, texts: Sequence[str]) -> Encoded:

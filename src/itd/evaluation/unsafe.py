@@ -124,7 +124,7 @@ class Unsafe:
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
-        settings = replace(self.erase, pooled_gate=by == "pooled", draft_gate=by == "draft")
+        settings = replace(self.erase, **{f"{by}_gate": True}) if by in ("pooled", "draft") else self.erase
         return world.eraser(f"{self.name} {by}", sets, settings)
 
     def synonyms(self, world: World) -> list[str]:
