@@ -53,8 +53,11 @@ def same_eraser(a: Eraser, b: Eraser) -> bool:
 # What comes out
 
 
-def test_erasing_fires_on_new_prompts_of_the_targets_and_on_no_others(pipe: Any, sae: SAE, site: HookPoint) -> None:
-    eraser = make(pipe, sae, site)
+@pytest.mark.parametrize("selection", ["fisher", "token", "evidence"])
+def test_erasing_fires_on_new_prompts_of_the_targets_and_on_no_others(
+    pipe: Any, sae: SAE, site: HookPoint, selection: Any
+) -> None:
+    eraser = make(pipe, sae, site, replace(CONFIG, selection=selection))
     assert eraser.names == ("house", "boat")
     targets = eraser.check(pipe, TARGET.of("test").texts)
     assert [check.concepts for check in targets] == [("house",), ("boat",)]
@@ -345,7 +348,7 @@ def test_nan_activations_are_an_error(pipe: Any, sae: SAE, site: HookPoint) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selection": "typo"}, r"selection must be one of \('fisher', 'evidence', 'difference'\), got 'typo'"),
+        ({"selection": "typo"}, r"selection must be one of \('fisher', 'token', 'evidence', 'difference'\), got 'typo'"),
         ({"calibration": "typo"}, r"calibration must be one of \('apart', 'shared'\), got 'typo'"),
         ({"n_features": 0}, "n_features and k_sel must be at least 1, got 0 and 128"),
         ({"k_sel": -1}, "n_features and k_sel must be at least 1, got 256 and -1"),

@@ -2,11 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference.features import dense_maxima, evidence_weights, fisher_weights, select_by_sets
+from reference.features import dense_codes, dense_maxima, evidence_weights, fisher_weights, select_by_sets
 from torch import Tensor
 
 from itd import SAE, ConceptFeatures, FeatureStats, SAEConfig
-from itd.features import PromptCodes, all_indices, fisher_filter, matched_filter, prompt_maxima, set_difference
+from itd.features import (
+    PromptCodes,
+    all_indices,
+    dense_acts,
+    fisher_filter,
+    matched_filter,
+    naming_tokens,
+    prompt_maxima,
+    set_difference,
+    token_filter,
+    token_stats,
+)
 from itd.kernels import SparseCodes
 
 SAE_ = SAE.random(SAEConfig(d_model=8, n_latents=30, k=4), seed=2)
@@ -188,6 +199,65 @@ def test_what_a_neighbour_shares_speaks_against_the_concept() -> None:
 def test_a_discriminant_of_what_is_retained_is_empty() -> None:
     prompts = draw_prompts(6, seed=0)
     assert len(fisher_filter(stats_of(prompts), stats_of(prompts), codes_of(prompts), "concept")) == 0
+
+
+# Tokens
+
+
+def pairs(*prompts: list[tuple[float, float]]) -> PromptCodes:
+    """Return the codes of prompts whose tokens have acts at the latents 3 and 7."""
+    acts = torch.tensor([token for prompt in prompts for token in prompt]).reshape(-1, 2)
+    indices = torch.tensor([[3, 7]]).expand(len(acts), 2).contiguous()
+    return PromptCodes(SparseCodes(acts, indices), torch.tensor([len(prompt) for prompt in prompts]))
+
+
+FIRST, LAST, BOTH, NEITHER = (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
+NAMED = pairs([NEITHER, BOTH], [BOTH, NEITHER, FIRST], [], [NEITHER, NEITHER, BOTH])
+APART = pairs([FIRST, NEITHER, LAST], [LAST, FIRST], [NEITHER] * 4, [])
+
+
+def test_moments_of_tokens_are_those_of_all_tokens_of_all_prompts() -> None:
+    prompts = draw_prompts(9, seed=2)
+    dense = dense_codes(SAE_, torch.cat(prompts))
+    found = token_stats(codes_of(prompts).codes, SAE_.config.n_latents)
+    torch.testing.assert_close(found.mean, dense.mean(0))
+    torch.testing.assert_close(found.variance, dense.var(0, correction=0))
+    assert not token_stats(codes_of([torch.zeros(0, 8)]).codes, 30).mean.any()
+
+
+def test_the_token_that_names_a_concept_is_the_one_its_filter_scores_highest() -> None:
+    concept = ConceptFeatures("c", torch.tensor([3, 7]), torch.tensor([0.6, 0.8]))
+    assert naming_tokens(concept, NAMED).tolist() == [1, 2, 7]
+
+
+def test_a_filter_of_tokens_tells_both_in_one_token_from_both_in_one_prompt() -> None:
+    start = ConceptFeatures("c", torch.tensor([3]), torch.ones(1))
+    found = token_filter(start, NAMED, APART, token_stats(APART.codes, 30))
+    assert found.indices.tolist() == [3, 7]
+    assert float(found.weights.norm()) == pytest.approx(1)
+    named, apart = (part.largest(dense_acts(part.codes, found.indices) @ found.weights[:, None]) for part in (NAMED, APART))
+    assert named[named.isfinite()].min() > 1.9 * apart[apart.isfinite()].max()
+    maxima = [part.largest(dense_acts(part.codes, found.indices)) for part in (NAMED, APART)]
+    assert maxima[0][0].tolist() == maxima[1][0].tolist() == [1.0, 1.0], "prompts' maxima do not tell them apart"
+
+
+def test_a_filter_of_tokens_is_fishers_discriminant_in_double_precision() -> None:
+    target, retained = draw_prompts(6, seed=0, shift=1.5), draw_prompts(8, seed=1)
+    start = matched_filter(stats_of(target), stats_of(retained), "concept", 100)
+    moments = token_stats(codes_of(retained).codes, 30)
+    found = token_filter(start, codes_of(target), codes_of(retained), moments, 100, 0.5, n_rounds=1)
+    named = torch.cat(target)[naming_tokens(start, codes_of(target))]
+    z_named, z_retained = (dense_codes(SAE_, x).double()[:, found.indices] for x in (named, torch.cat(retained)))
+    gap, covariance = z_named.mean(0) - z_retained.mean(0), torch.cov(z_retained.T)
+    own = covariance.diagonal()
+    weights = torch.linalg.inv(covariance + 0.5 * torch.diag(own + 0.1 * own.max())) @ gap
+    torch.testing.assert_close(found.weights.double(), weights / weights.norm(), rtol=1e-3, atol=1e-4)
+    assert (gap > 0).all()
+
+
+def test_a_filter_without_prompts_is_what_it_started_with() -> None:
+    start, nothing = ConceptFeatures("c", torch.tensor([3]), torch.ones(1)), pairs([], [])
+    assert token_filter(start, nothing, APART, token_stats(APART.codes, 30)) is start
 
 
 # Algebra

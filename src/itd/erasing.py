@@ -16,7 +16,15 @@ from itd.activations import stream
 from itd.discriminants import Discriminants, Others, Own
 from itd.drafts import DraftGate, drafts_of, require_drafts
 from itd.eraser import Edit, EditMode, Eraser, same_encoder
-from itd.features import ConceptFeatures, FeatureStats, PromptCodes, fisher_filter, matched_filter, set_difference
+from itd.features import (
+    ConceptFeatures,
+    FeatureStats,
+    PromptCodes,
+    fisher_filter,
+    matched_filter,
+    set_difference,
+    token_filter,
+)
 from itd.gate import PART_WAY, Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, unit_apart
 from itd.hooks import HookPoint
 from itd.pooled import PooledGate
@@ -27,7 +35,7 @@ from itd.sae import SAE
 logger = logging.getLogger(__name__)
 
 CALIBRATIONS = ("apart", "shared")
-SELECTIONS = ("fisher", "evidence", "difference")
+SELECTIONS = ("fisher", "token", "evidence", "difference")
 MOST_DRAFTS = 1500
 """Retained prompts that are drafted to fit the draft gate, and to calibrate it."""
 WEAK_RECALL = 0.5
@@ -38,12 +46,13 @@ WEAK_RECALL = 0.5
 class EraseConfig:
     """How features are selected, the gate is calibrated and gated prompts are edited."""
 
-    selection: Literal["fisher", "evidence", "difference"] = "fisher"
-    """Filter per concept with the covariance of its features, or without; or the paper's set difference over all concepts."""
+    selection: Literal["fisher", "token", "evidence", "difference"] = "fisher"
+    """Filter per concept, `fisher`: with the covariance that its features have over prompts, `token`: over tokens, `evidence`:
+    without it; or the paper's set difference over all concepts."""
     n_features: int = 256
-    """Features per concept, for `fisher` and `evidence`."""
+    """Features per concept, for all selections but `difference`."""
     shrinkage: float = 0.02
-    """How far the covariance is drawn towards its diagonal, for `fisher`."""
+    """How far the covariance is drawn towards its diagonal, for `fisher` and `token`."""
     eps: float = 0.01
     """Variance floor of the matched filter, as a share of the largest variance, for `evidence`."""
     k_sel: int = 128
@@ -391,6 +400,13 @@ def select(sae: SAE, fit: dict[str, PromptCodes], kept: Retained, config: EraseC
     if config.selection == "fisher":
         return tuple(
             fisher_filter(s, others, kept.fit_codes, name, config.n_features, config.shrinkage) for name, s in stats.items()
+        )
+    if config.selection == "token":
+        starts = [matched_filter(s, others, name, config.n_features, config.eps) for name, s in stats.items()]
+        moments = kept.token_stats()
+        return tuple(
+            token_filter(start, codes, kept.fit_codes, moments, config.n_features, config.shrinkage)
+            for start, codes in zip(starts, fit.values(), strict=True)
         )
     if config.selection == "evidence":
         return tuple(matched_filter(s, others, name, config.n_features, config.eps) for name, s in stats.items())

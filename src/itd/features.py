@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -207,14 +208,84 @@ def fisher_filter(
     gap = target.mean - retain.mean
     _, indices = (gap.clamp_min(0) / deviation).topk(min(n_features, len(gap)))
     indices = indices[gap[indices] > 0].sort().values
-    if len(indices) == 0:
-        return ConceptFeatures(name, indices, torch.zeros(0))
     maxima = retained.largest(dense_acts(retained.codes, indices)).clamp_min(0)
-    covariance = torch.cov(maxima.T).reshape(len(indices), len(indices))
+    return ConceptFeatures(name, indices, fisher_weights(maxima, gap[indices], shrinkage))
+
+
+class TokenStats(NamedTuple):
+    """Moments of every latent over single tokens."""
+
+    mean: Float[Tensor, " n_latents"]
+    variance: Float[Tensor, " n_latents"]
+
+
+def token_stats(codes: SparseCodes, n_latents: int) -> TokenStats:
+    """Return mean and variance of every latent over the tokens; zero, where there are none."""
+    sums = torch.zeros(2, n_latents, dtype=torch.float64)
+    indices = codes.indices.flatten().cpu()
+    for row, power in enumerate((1, 2)):
+        sums[row].scatter_add_(0, indices, codes.acts.flatten().cpu().double().pow(power))
+    mean, square = sums / max(1, len(codes.acts))
+    return TokenStats(mean.float(), (square - mean.square()).clamp_min(0).float())
+
+
+def token_filter(
+    start: ConceptFeatures,
+    target: PromptCodes,
+    retained: PromptCodes,
+    others: TokenStats,
+    n_features: int = 256,
+    shrinkage: float = 0.02,
+    n_rounds: int = 3,
+) -> ConceptFeatures:
+    """Select latents that tell the tokens which name a concept from all tokens of what stays.
+
+    The gate compares a prompt's strongest token, so the filter is Fisher's discriminant of single tokens. Which token of a
+    prompt names the concept is found in turns: the one that the filter so far, at first `start`, scores highest.
+
+        w = (S + shrinkage * (diag S + 0.1 max_j S_jj I))^-1 (mean_naming(z) - mean_retained(z)), unit norm
+
+    S: covariance over the retained tokens of the `n_features` latents with the largest difference of means in units of their
+    deviation. `others`: `token_stats` of the retained tokens.
+
+    Source: Andrews et al. 2003, Support vector machines for multiple-instance learning, section 3, for the turns.
+    """
+    found = start
+    deviation = (others.variance + 0.01 * others.variance.max().clamp_min(1e-12)).sqrt()
+    named = torch.zeros(0, dtype=torch.int64)
+    for _ in range(n_rounds):
+        before, named = named, naming_tokens(found, target)
+        if torch.equal(before, named):
+            break
+        chosen = SparseCodes(target.codes.acts[named], target.codes.indices[named])
+        gap = token_stats(chosen, len(deviation)).mean - others.mean
+        _, indices = (gap.clamp_min(0) / deviation).topk(min(n_features, len(gap)))
+        indices = indices[gap[indices] > 0].sort().values
+        weights = fisher_weights(dense_acts(retained.codes, indices), gap[indices], shrinkage)
+        found = ConceptFeatures(start.name, indices, weights)
+    return found
+
+
+def naming_tokens(concept: ConceptFeatures, prompts: PromptCodes) -> Int[Tensor, " prompts"]:
+    """Return, for every prompt that has tokens, the place of the one that a filter scores highest; of equals the first."""
+    scores = dense_acts(prompts.codes, concept.indices) @ concept.weights
+    ends = prompts.n_tokens.cumsum(0)
+    starts = ends - prompts.n_tokens
+    places = [int(a + scores[a:b].argmax()) for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b > a]
+    return torch.tensor(places, dtype=torch.int64)
+
+
+def fisher_weights(
+    acts: Float[Tensor, "n features"], gap: Float[Tensor, " features"], shrinkage: float
+) -> Float[Tensor, " features"]:
+    """Return `(S + shrinkage * (diag S + 0.1 max_j S_jj I))^-1 gap`, unit norm; S: covariance of the acts."""
+    if len(gap) == 0:
+        return torch.zeros(0)
+    covariance = torch.cov(acts.T).reshape(len(gap), len(gap))
     variance = covariance.diagonal()
     floor = 0.1 * variance.max().clamp_min(1e-12)
-    weights = torch.linalg.solve(covariance + shrinkage * torch.diag(variance + floor), gap[indices])
-    return ConceptFeatures(name, indices, weights / weights.norm().clamp_min(1e-12))
+    weights = torch.linalg.solve(covariance + shrinkage * torch.diag(variance + floor), gap)
+    return weights / weights.norm().clamp_min(1e-12)
 
 
 def dense_acts(codes: SparseCodes, features: Int[Tensor, " n"]) -> Float[Tensor, "tokens n"]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from itd import pipelines
 from itd.activations import stream_contents
 from itd.artifacts import read_config, read_tensors, reading, save_artifact
-from itd.features import FeatureStats, PromptCodes
+from itd.features import FeatureStats, PromptCodes, TokenStats, token_stats
 from itd.hooks import HookPoint
 from itd.kernels import SparseCodes
 from itd.prompts import Prompt, PromptSet, Split, check_leaks
@@ -96,6 +96,10 @@ class Retained:
         """Return the statistics of the prompts that features are selected on."""
         return stats_of(self, k_sel)
 
+    def token_stats(self) -> TokenStats:
+        """Return the moments of the latents over the tokens of the prompts that features are selected on."""
+        return token_stats_of(self)
+
     def save(self, folder: str | Path) -> None:
         """Write it to a folder; its autoencoder is named by hash, not copied.
 
@@ -142,6 +146,11 @@ class Retained:
 @lru_cache(maxsize=4)
 def stats_of(retained: Retained, k_sel: int) -> FeatureStats:
     return FeatureStats(retained.sae, k_sel).update_codes(retained.fit_codes)
+
+
+@lru_cache(maxsize=4)
+def token_stats_of(retained: Retained) -> TokenStats:
+    return token_stats(retained.fit_codes.codes, retained.sae.config.n_latents)
 
 
 def require_site(pipe: Any, sae: SAE, site: HookPoint) -> None:
