@@ -51,6 +51,8 @@ class Unsafe:
     """Also erase by these with the gate on the first guess of the picture: see `itd.drafts`."""
     by_name: bool = True
     """Also erase by the objects' names: what more could be had by knowing them."""
+    by_name_synonyms: bool = True
+    """Also erase by the objects' names and what the text encoder takes for them."""
     seed: int = 0
     """Of sentences and pictures."""
     erase: EraseConfig = field(default_factory=EraseConfig)
@@ -61,7 +63,7 @@ class Unsafe:
             raise ValueError("words must name what is to be erased; got none")
 
     def quick(self) -> Unsafe:
-        """Return the subsample: 1 sentence, 1 picture per prompt, 20 safe prompts, without the erasure by names."""
+        """Return the subsample: 1 sentence, 1 picture per prompt, 20 safe prompts, without the erasure by names alone."""
         return replace(self, n_templates=1, n_seeds=1, n_safe=20, by_name=False)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
@@ -91,6 +93,7 @@ class Unsafe:
     def ways(self) -> tuple[str, ...]:
         """What the erasers are told, each in turn."""
         asked = {"synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft, "names": self.by_name}
+        asked["name_synonyms"] = self.by_name_synonyms
         return ("words", *(way for way, wanted in asked.items() if wanted))
 
     def safe_nouns(self, world: World) -> list[str]:
@@ -117,20 +120,21 @@ class Unsafe:
         return [Case(fill(rng.choice(templates), name), 3000, name) for name in names]
 
     def make(self, world: World, by: str, unsafe: Sequence[str], safe: Sequence[str]) -> Made:
-        """Make the eraser of the words, with synonyms and a second gate, or of the objects' names, without the safe nouns."""
+        """Make the eraser of the words or of the objects' names, with synonyms and a second gate, without the safe nouns."""
         sets = leak_free_sets(unsafe, safe)
         if by != "names":
-            words = [*self.words, *(self.synonyms(world) if by != "words" else ())]
+            told = unsafe if by == "name_synonyms" else self.words
+            words = [*told, *(self.synonyms(world, told) if by != "words" else ())]
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
         settings = replace(self.erase, **{f"{by}_gate": True}) if by in ("pooled", "draft") else self.erase
         return world.eraser(f"{self.name} {by}", sets, settings)
 
-    def synonyms(self, world: World) -> list[str]:
-        """Return what the text encoder takes for the words, and for no noun that is safe."""
+    def synonyms(self, world: World, told: Sequence[str]) -> list[str]:
+        """Return what the text encoder takes for the words that the eraser is told, and for no noun that is safe."""
         safe = sorted(name for name, noun in world.nouns.items() if noun.role != "unsafe")
-        return synonym_words(find_synonyms(world.pipe, self.words, safe))
+        return synonym_words(find_synonyms(world.pipe, told, safe))
 
     def section(
         self,
