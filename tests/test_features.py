@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference.features import dense_codes, dense_maxima, evidence_weights, fisher_weights, select_by_sets
@@ -17,6 +19,7 @@ from itd.features import (
     set_difference,
     token_filter,
     token_stats,
+    window_scores,
 )
 from itd.kernels import SparseCodes
 
@@ -225,9 +228,11 @@ def test_moments_of_tokens_are_those_of_all_tokens_of_all_prompts() -> None:
     assert not token_stats(codes_of([torch.zeros(0, 8)]).codes, 30).mean.any()
 
 
-def test_the_token_that_names_a_concept_is_the_one_its_filter_scores_highest() -> None:
+def test_the_tokens_that_name_a_concept_are_those_its_filter_scores_highest() -> None:
     concept = ConceptFeatures("c", torch.tensor([3, 7]), torch.tensor([0.6, 0.8]))
     assert naming_tokens(concept, NAMED).tolist() == [1, 2, 7]
+    prompts = pairs([LAST, BOTH, NEITHER], [BOTH], [], [NEITHER, LAST, LAST])
+    assert naming_tokens(replace(concept, window=2), prompts).tolist() == [0, 1, 3, 5, 6]
 
 
 def test_a_filter_of_tokens_tells_both_in_one_token_from_both_in_one_prompt() -> None:
@@ -235,10 +240,28 @@ def test_a_filter_of_tokens_tells_both_in_one_token_from_both_in_one_prompt() ->
     found = token_filter(start, NAMED, APART, token_stats(APART.codes, 30))
     assert found.indices.tolist() == [3, 7]
     assert float(found.weights.norm()) == pytest.approx(1)
-    named, apart = (part.largest(dense_acts(part.codes, found.indices) @ found.weights[:, None]) for part in (NAMED, APART))
+    named, apart = (strongest(found, prompts) for prompts in (NAMED, APART))
     assert named[named.isfinite()].min() > 1.9 * apart[apart.isfinite()].max()
-    maxima = [part.largest(dense_acts(part.codes, found.indices)) for part in (NAMED, APART)]
-    assert maxima[0][0].tolist() == maxima[1][0].tolist() == [1.0, 1.0], "prompts' maxima do not tell them apart"
+    maxima = [prompts.largest(dense_acts(prompts.codes, found.indices))[0].tolist() for prompts in (NAMED, APART)]
+    assert maxima[0] == maxima[1] == [1.0, 1.0], "the maxima of prompts do not tell them apart"
+
+
+def test_a_filter_of_windows_tells_a_name_of_two_tokens_from_either_token_twice() -> None:
+    named = pairs([NEITHER, FIRST, LAST], [FIRST, LAST, NEITHER], [NEITHER, NEITHER, FIRST, LAST])
+    halves = pairs([FIRST, NEITHER, LAST], [LAST, LAST, NEITHER], [FIRST, FIRST], [NEITHER, LAST], [FIRST, NEITHER, NEITHER])
+    start = ConceptFeatures("c", torch.tensor([3, 7]), torch.tensor([1.0, 0.5]), window=2)
+    found = token_filter(start, named, halves, token_stats(halves.codes, 30), shrinkage=0.5)
+    assert (found.window, found.indices.tolist()) == (2, [3, 7])
+    assert (found.weights > 0).all()
+    assert strongest(found, named).min() == pytest.approx(float(found.weights.mean()))
+    assert strongest(found, halves).max() == pytest.approx(float(found.weights.max()))
+    single = token_filter(replace(start, window=1), named, halves, token_stats(halves.codes, 30), shrinkage=0.5)
+    assert strongest(single, named).max() <= strongest(single, halves).max(), "single tokens do not tell them apart"
+
+
+def strongest(concept: ConceptFeatures, prompts: PromptCodes) -> Tensor:
+    scores = dense_acts(prompts.codes, concept.indices) @ concept.weights[:, None]
+    return prompts.largest(window_scores(scores, prompts.n_tokens, [concept.window]))
 
 
 def test_a_filter_of_tokens_is_fishers_discriminant_in_double_precision() -> None:
@@ -258,6 +281,25 @@ def test_a_filter_of_tokens_is_fishers_discriminant_in_double_precision() -> Non
 def test_a_filter_without_prompts_is_what_it_started_with() -> None:
     start, nothing = ConceptFeatures("c", torch.tensor([3]), torch.ones(1)), pairs([], [])
     assert token_filter(start, nothing, APART, token_stats(APART.codes, 30)) is start
+
+
+@pytest.mark.parametrize("windows", [(1, 1), (2, 1), (3, 5)])
+def test_a_tokens_score_is_that_of_the_best_window_it_is_in(windows: tuple[int, int]) -> None:
+    n_tokens = torch.tensor([3, 0, 1, 6, 2])
+    values = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    found = window_scores(values, n_tokens, windows)
+    for part, scores in zip(values.split(n_tokens.tolist()), found.split(n_tokens.tolist()), strict=True):
+        for column, window in enumerate(windows):
+            size = min(window, len(part))
+            means = [part[i : i + size, column].mean() for i in range(len(part) - size + 1)]
+            best = [max(means[i] for i in range(len(means)) if i <= token < i + size) for token in range(len(part))]
+            assert scores[:, column].tolist() == pytest.approx([float(value) for value in best])
+            assert not len(part) or scores[:, column].max() <= part[:, column].max() + 1e-6
+
+
+def test_a_window_without_tokens_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="the window of 'c' must be at least 1 token, got 0"):
+        ConceptFeatures("c", torch.tensor([3]), torch.ones(1), window=0)
 
 
 # Algebra
@@ -309,6 +351,7 @@ def test_concepts_are_equal_when_nothing_differs() -> None:
         features(1, 4, 6),
         features(1, 4, name="b"),
         ConceptFeatures("a", a.indices, a.weights, scale=2.0),
+        ConceptFeatures("a", a.indices, a.weights, window=2),
     ):
         assert not a.equals(other)
 

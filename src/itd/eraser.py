@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from itd.explain import Check, PromptMemory
 
 KIND = "eraser"
-SCHEMA_VERSION = 4
-"""2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate, 4 the draft gate."""
+SCHEMA_VERSION = 5
+"""2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate, 4 the draft gate, 5 the window
+of a concept."""
 EditMode = Literal["scale", "remove", "subtract", "replace"]
 EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace")
 ENCODER_TOLERANCE = 0.03
@@ -311,7 +312,10 @@ class Eraser:
         config = {
             "sae": {"sha256": self.sae.sha256, "source": self.sae.source},
             "hook_point": str(self.hook_point),
-            "concepts": [{"name": c.name, "n_features": len(c), "scale": c.scale, "offset": c.offset} for c in self.concepts],
+            "concepts": [
+                {"name": c.name, "n_features": len(c), "scale": c.scale, "offset": c.offset, "window": c.window}
+                for c in self.concepts
+            ],
             "gate": self.gate.to_dict(),
             "edit": asdict(self.edit),
             "records": list(self.records),
@@ -349,7 +353,7 @@ class Eraser:
         config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=("pooled", "draft"))
         require_keys(place, config["sae"], ("sha256", "source"))
         for concept in config["concepts"]:
-            require_keys(place, concept, ("name", "n_features", "scale", "offset"))
+            require_keys(place, concept, ("name", "n_features", "scale", "offset"), optional=("window",))
         more = {kind: config[kind] for kind in ("pooled", "draft") if config.get(kind) is not None}
         needed_tensors = ["indices", "weights"]
         for kind, described in more.items():
@@ -361,7 +365,7 @@ class Eraser:
             sizes = [concept["n_features"] for concept in config["concepts"]]
             indices, weights = tensors["indices"].split(sizes), tensors["weights"].split(sizes)
             concepts = tuple(
-                ConceptFeatures(c["name"], i, w, c["scale"], c["offset"])
+                ConceptFeatures(c["name"], i, w, c["scale"], c["offset"], c.get("window", 1))
                 for c, i, w in zip(config["concepts"], indices, weights, strict=True)
             )
             return cls(

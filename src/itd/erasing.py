@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -47,8 +47,8 @@ class EraseConfig:
     """How features are selected, the gate is calibrated and gated prompts are edited."""
 
     selection: Literal["fisher", "token", "evidence", "difference"] = "fisher"
-    """Filter per concept, `fisher`: with the covariance that its features have over prompts, `token`: over tokens, `evidence`:
-    without it; or the paper's set difference over all concepts."""
+    """Filter per concept, `fisher`: with the covariance that its features have over prompts, `token`: over windows of as many
+    tokens as the name has, which are also what is scored, `evidence`: without it; or the paper's set difference over all."""
     n_features: int = 256
     """Features per concept, for all selections but `difference`."""
     shrinkage: float = 0.02
@@ -160,7 +160,8 @@ def erase(
         kept = Retained.make(pipe, sae, site, retain, neutral, settings.seed)
     fit = {name: encode_prompts(pipe, sae, site, positive.of("fit").about(name)) for name in positive.concepts}
     held_out = positive.of("calibrate")
-    concepts = standardise(sae, select(sae, fit, kept, settings), fit, kept, settings)
+    windows = name_windows(pipe, site, positive.of("fit"))
+    concepts = standardise(sae, select(sae, fit, kept, settings, windows), fit, kept, settings)
     if settings.is_apart:
         concepts = set_apart(sae, concepts, held_out, encode_prompts(pipe, sae, site, held_out), kept, settings)
     scores = [
@@ -201,7 +202,8 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     fit = {name: encode_prompts(pipe, sae, site, positive.of("fit").about(name)) for name in positive.concepts}
     held_out = positive.of("calibrate")
     codes = encode_prompts(pipe, sae, site, held_out)
-    fresh = standardise(sae, select(sae, fit, kept, settings), fit, kept, settings)
+    windows = name_windows(pipe, site, positive.of("fit"))
+    fresh = standardise(sae, select(sae, fit, kept, settings, windows), fit, kept, settings)
     if settings.is_apart:
         fresh = set_apart(sae, fresh, held_out, codes, kept, settings)
     concepts = eraser.concepts + fresh
@@ -391,8 +393,24 @@ def split_target(target: PromptSet, seed: int) -> PromptSet:
     return positive
 
 
-def select(sae: SAE, fit: dict[str, PromptCodes], kept: Retained, config: EraseConfig) -> tuple[ConceptFeatures, ...]:
-    """Return one set of features per concept, or with `difference` one for all of them, as in the paper."""
+def name_windows(pipe: Any, site: HookPoint, positive: PromptSet) -> dict[str, int]:
+    """Return how many tokens each concept's name has; 1 where most of its prompts do not say the name."""
+    windows = {}
+    for name in positive.concepts:
+        rows = pipelines.token_rows(pipe, site.encoder, positive.about(name).texts, whole=True)
+        ids = pipelines.token_rows(pipe, site.encoder, [name], whole=True)[0]
+        said = sum(any(row[i : i + len(ids)] == ids for i in range(len(row))) for row in rows)
+        windows[name] = len(ids) if ids and 2 * said > len(rows) else 1
+    return windows
+
+
+def select(
+    sae: SAE, fit: dict[str, PromptCodes], kept: Retained, config: EraseConfig, windows: Mapping[str, int]
+) -> tuple[ConceptFeatures, ...]:
+    """Return one set of features per concept, or with `difference` one for all of them, as in the paper.
+
+    windows: of `token`, per concept.
+    """
     stats, others = (
         {name: FeatureStats(sae, config.k_sel).update_codes(codes) for name, codes in fit.items()},
         kept.stats(config.k_sel),
@@ -402,7 +420,8 @@ def select(sae: SAE, fit: dict[str, PromptCodes], kept: Retained, config: EraseC
             fisher_filter(s, others, kept.fit_codes, name, config.n_features, config.shrinkage) for name, s in stats.items()
         )
     if config.selection == "token":
-        starts = [matched_filter(s, others, name, config.n_features, config.eps) for name, s in stats.items()]
+        filters = (matched_filter(s, others, name, config.n_features, config.eps) for name, s in stats.items())
+        starts = [replace(found, window=windows[found.name]) for found in filters]
         moments = kept.token_stats()
         return tuple(
             token_filter(start, codes, kept.fit_codes, moments, config.n_features, config.shrinkage)

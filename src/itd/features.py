@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ class ConceptFeatures:
 
     indices: (n_features,) latents, sorted, distinct; weights: (n_features,) of the matched filter, unit norm.
     The score of a token is `scale * sum_j weights_j z_j + offset`; see `itd.gate`.
+    window: consecutive tokens over which scores are averaged: a name of several tokens is not in any one of them.
     """
 
     name: str
@@ -27,6 +28,11 @@ class ConceptFeatures:
     weights: Float[Tensor, " n_features"]
     scale: float = 1.0
     offset: float = 0.0
+    window: int = 1
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"the window of {self.name!r} must be at least 1 token, got {self.window}")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -35,24 +41,24 @@ class ConceptFeatures:
         """Union; where both have a feature, the larger weight counts."""
         indices = torch.cat([self.indices, other.indices]).unique()
         weights = torch.maximum(self.spread(indices), other.spread(indices))
-        return ConceptFeatures(f"{self.name}, {other.name}", indices, weights)
+        return ConceptFeatures(f"{self.name}, {other.name}", indices, weights, window=max(self.window, other.window))
 
     def __sub__(self, other: ConceptFeatures) -> ConceptFeatures:
         """Features of this concept that the other does not have."""
         keep = ~torch.isin(self.indices, other.indices)
-        return ConceptFeatures(self.name, self.indices[keep], self.weights[keep], self.scale, self.offset)
+        return replace(self, indices=self.indices[keep], weights=self.weights[keep])
 
     def equals(self, other: ConceptFeatures) -> bool:
         """Tell whether both are the same concept with the same features, weights and units."""
-        same = (self.name, self.scale, self.offset) == (other.name, other.scale, other.offset)
-        return same and torch.equal(self.indices, other.indices) and torch.equal(self.weights, other.weights)
+        mine, theirs = ((c.name, c.scale, c.offset, c.window) for c in (self, other))
+        return mine == theirs and torch.equal(self.indices, other.indices) and torch.equal(self.weights, other.weights)
 
     def strongest(self, n: int | None) -> ConceptFeatures:
         """Return the `n` features with the largest weights, or all."""
         if n is None or n >= len(self):
             return self
         keep = self.weights.topk(n).indices.sort().values
-        return ConceptFeatures(self.name, self.indices[keep], self.weights[keep], self.scale, self.offset)
+        return replace(self, indices=self.indices[keep], weights=self.weights[keep])
 
     def spread(self, indices: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return the weights at `indices`, 0 where this concept has no such feature."""
@@ -240,13 +246,13 @@ def token_filter(
 ) -> ConceptFeatures:
     """Select latents that tell the tokens which name a concept from all tokens of what stays.
 
-    The gate compares a prompt's strongest token, so the filter is Fisher's discriminant of single tokens. Which token of a
-    prompt names the concept is found in turns: the one that the filter so far, at first `start`, scores highest.
+    The gate compares a prompt's strongest window of tokens, so the filter is Fisher's discriminant of windows. Which tokens of
+    a prompt name the concept is found in turns: the window that the filter so far, at first `start`, scores highest.
 
         w = (S + shrinkage * (diag S + 0.1 max_j S_jj I))^-1 (mean_naming(z) - mean_retained(z)), unit norm
 
-    S: covariance over the retained tokens of the `n_features` latents with the largest difference of means in units of their
-    deviation. `others`: `token_stats` of the retained tokens.
+    S: covariance over the retained windows of the `n_features` latents with the largest difference of means in units of their
+    deviation over tokens. `others`: `token_stats` of the retained tokens.
 
     Source: Andrews et al. 2003, Support vector machines for multiple-instance learning, section 3, for the turns.
     """
@@ -261,18 +267,63 @@ def token_filter(
         gap = token_stats(chosen, len(deviation)).mean - others.mean
         _, indices = (gap.clamp_min(0) / deviation).topk(min(n_features, len(gap)))
         indices = indices[gap[indices] > 0].sort().values
-        weights = fisher_weights(dense_acts(retained.codes, indices), gap[indices], shrinkage)
-        found = ConceptFeatures(start.name, indices, weights)
+        means = window_means(dense_acts(retained.codes, indices), retained.n_tokens, start.window)
+        weights = fisher_weights(means[means.isfinite().all(1)], gap[indices], shrinkage)
+        found = replace(start, indices=indices, weights=weights)
     return found
 
 
-def naming_tokens(concept: ConceptFeatures, prompts: PromptCodes) -> Int[Tensor, " prompts"]:
-    """Return, for every prompt that has tokens, the place of the one that a filter scores highest; of equals the first."""
+def naming_tokens(concept: ConceptFeatures, prompts: PromptCodes) -> Int[Tensor, " n"]:
+    """Return, for every prompt that has tokens, the places of the window that a filter scores highest; of equals the first."""
     scores = dense_acts(prompts.codes, concept.indices) @ concept.weights
-    ends = prompts.n_tokens.cumsum(0)
-    starts = ends - prompts.n_tokens
-    places = [int(a + scores[a:b].argmax()) for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b > a]
-    return torch.tensor(places, dtype=torch.int64)
+    means = window_means(scores[:, None], prompts.n_tokens, concept.window)[:, 0]
+    stops = prompts.n_tokens.cumsum(0)
+    places = []
+    for begin, stop in zip((stops - prompts.n_tokens).tolist(), stops.tolist(), strict=True):
+        if stop > begin:
+            last = begin + int(means[begin:stop].argmax())
+            places.append(torch.arange(last + 1 - min(concept.window, stop - begin), last + 1))
+    return torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
+
+
+def window_means(
+    values: Float[Tensor, "tokens n"], n_tokens: Int[Tensor, " prompts"], window: int
+) -> Float[Tensor, "tokens n"]:
+    """Return the mean over each token and the `window - 1` before it in its prompt; minus infinity where there are fewer.
+
+    Of a prompt that is shorter than the window, the mean over all of it, at its last token.
+    """
+    if window == 1:
+        return values
+    sizes = n_tokens.repeat_interleave(n_tokens)
+    place = torch.arange(len(values)) - (n_tokens.cumsum(0) - n_tokens).repeat_interleave(n_tokens)
+    sizes, place = sizes.clamp_max(window).to(values.device), place.to(values.device)
+    total = values
+    for back in range(1, window):
+        earlier = torch.cat([torch.zeros_like(values[:back]), values[:-back]])[: len(values)]
+        total = total + torch.where((place >= back)[:, None], earlier, 0)
+    return torch.where((place >= sizes - 1)[:, None], total / sizes[:, None], -torch.inf)
+
+
+def window_scores(
+    values: Float[Tensor, "tokens concepts"], n_tokens: Int[Tensor, " prompts"], windows: Sequence[int]
+) -> Float[Tensor, "tokens concepts"]:
+    """Return for every token and concept the score of the best window of that concept that the token is in.
+
+    A window's score is the mean over its tokens, so it is at most that of its strongest token.
+    """
+    if all(window == 1 for window in windows):
+        return values
+    stops = n_tokens.cumsum(0).repeat_interleave(n_tokens).to(values.device)
+    columns: list[Tensor] = []
+    for column, window in enumerate(windows):
+        means = window_means(values[:, column : column + 1], n_tokens, window)[:, 0]
+        best, places = means, torch.arange(len(means), device=values.device)
+        for ahead in range(1, min(window, len(means))):
+            later = torch.cat([means[ahead:], means.new_full((ahead,), -torch.inf)])
+            best = torch.where(places + ahead < stops, torch.maximum(best, later), best)
+        columns.append(best)
+    return torch.stack(columns, 1)
 
 
 def fisher_weights(

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from itd.early_exit import EarlyExit, Reached
-from itd.features import ConceptFeatures, PromptCodes, all_indices, dense_acts
+from itd.features import ConceptFeatures, PromptCodes, all_indices, dense_acts, window_scores
 from itd.kernels import SparseCodes
 from itd.sae import SAE
 
@@ -117,8 +117,8 @@ def score(
 ) -> Scores:
     """Score the content tokens of one prompt. Calibration and use both call this function.
 
-    Maximum over tokens; for `reconstruction` the mean, as the paper applies it. A prompt without content tokens scores
-    minus infinity: it never fires.
+    Maximum over tokens, of a concept with a window over the means of consecutive ones; for `reconstruction` the mean over all,
+    as the paper applies it. A prompt without content tokens scores minus infinity: it never fires.
 
     Raises:
         ValueError: an unknown score, NaN activations, or a score that is NaN, which no threshold could stop.
@@ -150,9 +150,9 @@ def score_codes(
             raise ValueError("the score 'reconstruction' needs the activations, not only their codes")
         tokens = reconstruction(sae, concepts, codes, x.to(sae.b_dec.dtype), strength)
     else:
-        tokens = (evidence if name == "evidence" else contribution)(sae, concepts, codes)
-    if tokens.isnan().any():
-        raise ValueError("the score is NaN: the autoencoder's or the features' weights are damaged; load or make them again")
+        tokens = token_scores(name, sae, concepts, codes)
+        tokens = window_scores(tokens, torch.tensor([len(tokens)]), [concept.window for concept in concepts])
+    require_numbers(tokens)
     return Scores(tokens, tokens.mean(0) if name == "reconstruction" else tokens.amax(0), codes)
 
 
@@ -166,8 +166,30 @@ def score_prompts(
     """
     size = max(1, DENSE_BYTES // (4 * max(1, len(all_indices(concepts)))))
     parts = zip(prompts.codes.acts.split(size), prompts.codes.indices.split(size), strict=True)
-    tokens = [score_codes(name, sae, concepts, SparseCodes(*part)).tokens for part in parts]
-    return prompts.largest(torch.cat(tokens) if tokens else torch.zeros(0, len(concepts)))
+    tokens = [token_scores(name, sae, concepts, SparseCodes(*part)) for part in parts]
+    scores = torch.cat(tokens) if tokens else torch.zeros(0, len(concepts))
+    require_numbers(scores)
+    return prompts.largest(window_scores(scores, prompts.n_tokens, [concept.window for concept in concepts]))
+
+
+def token_scores(
+    name: ScoreName, sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes
+) -> Float[Tensor, "tokens concepts"]:
+    """Score single tokens from their codes.
+
+    Raises:
+        ValueError: an unknown score, or `reconstruction`, which needs the activations.
+    """
+    require_score(name)
+    if name == "reconstruction":
+        raise ValueError("the score 'reconstruction' needs the activations, not only their codes")
+    return (evidence if name == "evidence" else contribution)(sae, concepts, codes)
+
+
+def require_numbers(scores: Tensor) -> None:
+    """Raise ValueError if a score is NaN, which no threshold could stop."""
+    if scores.isnan().any():
+        raise ValueError("the score is NaN: the autoencoder's or the features' weights are damaged; load or make them again")
 
 
 def require_score(name: str) -> None:
@@ -382,9 +404,13 @@ class Gate:
         x: Float[Tensor, "tokens d_model"],
         settled: Sequence[Reached | None],
     ) -> Decision:
-        """Decide by what is certain of every token, if that decides; else in full."""
+        """Decide by what is certain of every token, if that decides; else in full.
+
+        Where no token reaches a threshold, no window does. Where one does, its window may not.
+        """
         reached = [each for each in settled if each is not None]
-        if len(x) == 0 or len(reached) < len(x):
+        open_windows = any(reached) and any(concept.window > 1 for concept in concepts)
+        if len(x) == 0 or len(reached) < len(x) or open_windows:
             return self.decide_in_full(sae, concepts, x)
         fired = tuple(sorted(set[int]().union(*reached)))
         return Decision(bool(fired), fired, self.thresholds, lambda: score(self.score, sae, concepts, x, self.strength), True)

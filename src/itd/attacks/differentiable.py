@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from itd.eraser import Eraser
-from itd.features import ConceptFeatures
+from itd.features import ConceptFeatures, window_scores
 from itd.kernels import SparseCodes
 from itd.sae import SAE
 
@@ -34,11 +34,12 @@ def written(sae: SAE, codes: SparseCodes, concept: ConceptFeatures | None = None
 def token_scores(eraser: Eraser, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens concepts"]:
     """Return the gate's score of every content token for every concept."""
     sae, codes = eraser.sae, encode(eraser.sae, x)
+    windows, n_tokens = [concept.window for concept in eraser.concepts], torch.tensor([len(x)])
     if eraser.gate.score == "evidence":
-        return torch.stack([evidence(codes, concept) for concept in eraser.concepts], 1)
+        return window_scores(torch.stack([evidence(codes, c) for c in eraser.concepts], 1), n_tokens, windows)
     parts = [written(sae, codes, concept) for concept in eraser.concepts]
     if eraser.gate.score == "contribution":
-        return torch.stack([part.norm(dim=-1) for part in parts], 1)
+        return window_scores(torch.stack([part.norm(dim=-1) for part in parts], 1), n_tokens, windows)
     error = written(sae, codes) + sae.b_dec - x
     return torch.stack([(error + (eraser.gate.strength - 1) * part).square().mean(-1) for part in parts], 1)
 

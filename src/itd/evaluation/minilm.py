@@ -38,6 +38,9 @@ from itd.training import TrainConfig, train
 
 BARS = {"recall": 0.97, "fpr_kept": 0.01, "fpr_general": 0.003}
 """Recall on the test prompts is to be at least, false positives at most this."""
+LOST_RECALL = 0.003
+"""What recall on `choose` prompts may be given up for fewer false positives: a tenth of what the bar leaves open."""
+Selection = Literal["token", "fisher", "evidence"]
 PER_PROMPT = ("calibrate", "positives", "kept", "sources")
 """What a trial keeps of single prompts."""
 LEAD = (
@@ -77,27 +80,29 @@ class MiniLM:
     """What is erased, each by its own eraser."""
     layers: tuple[int, ...] = (1, 2, 3, 4)
     """Layers that are tried, counted from 0."""
-    sizes: tuple[tuple[int, int], ...] = ((16_384, 32), (32_768, 64))
+    sizes: tuple[tuple[int, int], ...] = ((16_384, 64), (32_768, 64))
     """(n_latents, k) that are tried at each layer."""
+    selections: tuple[Selection, ...] = ("token", "fisher", "evidence")
+    """Filters that are tried; the first of these, of `scores`, `n_features` and `eps` picks the autoencoder."""
     scores: tuple[ScoreName, ...] = ("evidence", "contribution")
-    """Scores that are tried; the first of these, of `n_features` and of `eps` picks the autoencoder."""
-    n_features: tuple[int, ...] = (32, 16, 64)
+    """Scores that are tried; `contribution` with the first filter only."""
+    n_features: tuple[int, ...] = (64, 32, 256)
     """Features per concept that are tried with each score."""
     eps: tuple[float, ...] = (0.01, 0.003, 0.03)
-    """Variance floors that are tried with `evidence`."""
+    """Variance floors that are tried with the filter `evidence`."""
     rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
     """False-positive rates that the threshold may be calibrated to."""
     n_general: int = 3000
     """Captions, and typed prompts, per split at most."""
     max_tokens: int = 96
     """Where prompts are cut."""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(n_tokens=1_200_000, lr=1e-3, init="data", whiten=True))
+    train: TrainConfig = field(default_factory=TrainConfig)
     """How the autoencoders are trained."""
     seed: int = 0
     """Of the splits."""
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "layers", "sizes", "scores", "n_features", "eps", "rates"):
+        for name in ("tasks", "layers", "sizes", "selections", "scores", "n_features", "eps", "rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one to try; got none")
 
@@ -105,8 +110,9 @@ class MiniLM:
         """Return the subsample: celebrities only, one small autoencoder at one layer, one setting, 300 general prompts."""
         fast = replace(self.train, n_tokens=min(self.train.n_tokens, 120_000), dead_tokens=20_000)
         return replace(
-            self, tasks=self.tasks[:1], layers=self.layers[-1:], sizes=((4096, 32),), scores=("evidence",), n_features=(32,),
-            eps=self.eps[:1], n_general=300, train=fast,
+            self, tasks=self.tasks[:1], layers=self.layers[1:2] or self.layers, sizes=((4096, 32),),
+            selections=self.selections[:1], scores=("evidence",), n_features=self.n_features[:1], eps=self.eps[:1],
+            n_general=300, train=fast,
         )  # fmt: skip
 
     @property
@@ -115,9 +121,10 @@ class MiniLM:
 
     @property
     def settings(self) -> list[EraseConfig]:
-        """Ways to select and score that are tried, calibrated loosely, as only ranks count; `eps` is of one selection only."""
-        ways: list[tuple[Literal["fisher", "evidence"], float]] = [("fisher", self.eps[0])]
-        ways.extend(("evidence", eps) for eps in self.eps)
+        """Ways to select and score that are tried, calibrated loosely, as only ranks count; `eps` is of one filter only."""
+        ways: list[tuple[Selection, float]] = [
+            (selection, eps) for selection in self.selections for eps in (self.eps if selection == "evidence" else self.eps[:1])
+        ]
         return [
             EraseConfig(
                 selection=selection,
@@ -314,16 +321,20 @@ class Bench:
         return Sets(known(material.target), known(material.kept), neutral)
 
     def pick_rate(self, material: Material, trial: Mapping[str, Any]) -> float:
-        """Return the largest rate whose threshold keeps the `choose` prompts within the bars; the smallest if none does."""
+        """Return the smallest rate that loses next to no recall on `choose` prompts against the largest one within the bars.
+
+        The smallest rate if none is within the bars.
+        """
         from itd.gate import threshold_for_fpr
 
-        allowed = []
+        allowed: dict[float, float] = {}
         for fpr in sorted(self.protocol.rates):
             threshold = threshold_for_fpr(tensor(trial["calibrate"]), fpr)
             kept, *general = (share(side, threshold) for side in (trial["kept"], *trial["sources"].values()))
             if (kept <= BARS["fpr_kept"] or not material.kept_must_pass) and max(general) <= BARS["fpr_general"]:
-                allowed.append(fpr)
-        return max(allowed, default=min(self.protocol.rates))
+                allowed[fpr] = share(trial["positives"], threshold)
+        most = max(allowed.values(), default=0.0)
+        return min((fpr for fpr, recall in allowed.items() if recall >= most - LOST_RECALL), default=min(self.protocol.rates))
 
     def test(self, material: Material, picked: Mapping[str, Any]) -> Margins:
         """Make the eraser that was picked and look at the test prompts."""
