@@ -53,9 +53,13 @@ def decisions(gate: Gate, sae: SAE, concepts: tuple[ConceptFeatures, ...], x: Te
 
 @given(seed=st.integers(0, 10_000), n_often=st.integers(0, 60), margin=st.sampled_from([-0.1, 0.0, 1e-6, 1e-3, 0.3, 3.0]))
 @settings(max_examples=80, deadline=None, database=None, derandomize=True)
+@pytest.mark.parametrize("window", [1, 3, 20])
 @pytest.mark.parametrize("name", NAMES)
-def test_decisions_are_those_of_the_full_computation(name: ScoreName, seed: int, n_often: int, margin: float) -> None:
+def test_decisions_are_those_of_the_full_computation(
+    name: ScoreName, window: int, seed: int, n_often: int, margin: float
+) -> None:
     sae, concepts, x = draw(seed)
+    concepts = (replace(concepts[0], window=window), *concepts[1:])
     exact = score(name, sae, concepts, x).concepts
     gate = Gate(name, tuple((exact + margin * exact.abs()).tolist()))
     often = torch.randperm(60, generator=torch.Generator().manual_seed(seed))[:n_often]

@@ -12,7 +12,7 @@ from reference.gate import naive_evidence
 from tiny import FRAMES, NOUNS, prompts_of
 
 from itd import PRESETS, SAE, EraseConfig, Eraser, HookPoint, Prompt, PromptSet, SAEConfig, erase, pipelines
-from itd.erasing import calibration_of, split_sets
+from itd.erasing import calibration_of, name_windows, split_sets
 from itd.features import ConceptFeatures
 from itd.gate import threshold_for_fpr, threshold_for_recall
 
@@ -190,8 +190,16 @@ def test_an_eraser_remembers_how_it_was_made(pipe: Any, sae: SAE, site: HookPoin
     assert (eraser.edit.mode, eraser.edit.strength, eraser.hook_point) == ("subtract", -3.0, site)
 
 
+def test_a_window_is_as_many_tokens_as_the_name_has_where_the_prompts_say_it(pipe: Any, site: HookPoint) -> None:
+    named = PromptSet.from_names(["house", "red boat"], ["a {} there", "{}", "the {}"], "fit")
+    other = PromptSet(tuple(Prompt(text, "red boat house") for text in ("a red house", "a red boat house", "the boat")))
+    assert name_windows(pipe, site, named) == {"house": 1, "red boat": 2}
+    assert name_windows(pipe, site, other) == {"red boat house": 1}
+
+
 def test_an_erased_concept_survives_saving(pipe: Any, saved_sae: SAE, site: HookPoint, tmp_path: Any) -> None:
     made = make(pipe, saved_sae, site)
+    made = replace(made, concepts=(replace(made.concepts[0], window=2), *made.concepts[1:]))
     made.save(tmp_path / "eraser")
     loaded = Eraser.load(tmp_path / "eraser")
     assert same_eraser(loaded, made)

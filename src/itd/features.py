@@ -291,18 +291,22 @@ def window_means(
 ) -> Float[Tensor, "tokens n"]:
     """Return the mean over each token and the `window - 1` before it in its prompt; minus infinity where there are fewer.
 
-    Of a prompt that is shorter than the window, the mean over all of it, at its last token.
+    Of a prompt that is shorter than the window, the mean over all of it, at its last token. A mean is never rounded above its
+    largest value.
     """
     if window == 1:
         return values
     sizes = n_tokens.repeat_interleave(n_tokens)
     place = torch.arange(len(values)) - (n_tokens.cumsum(0) - n_tokens).repeat_interleave(n_tokens)
     sizes, place = sizes.clamp_max(window).to(values.device), place.to(values.device)
-    total = values
+    total = peak = values
     for back in range(1, window):
         earlier = torch.cat([torch.zeros_like(values[:back]), values[:-back]])[: len(values)]
-        total = total + torch.where((place >= back)[:, None], earlier, 0)
-    return torch.where((place >= sizes - 1)[:, None], total / sizes[:, None], -torch.inf)
+        inside = (place >= back)[:, None]
+        total = total + torch.where(inside, earlier, 0)
+        peak = torch.where(inside, torch.maximum(peak, earlier), peak)
+    means = torch.minimum(total / sizes[:, None], peak)
+    return torch.where((place >= sizes - 1)[:, None], means, -torch.inf)
 
 
 def window_scores(

@@ -42,9 +42,11 @@ def test_codes_are_those_of_the_autoencoder(pipe: Any, sae: SAE) -> None:
     assert torch.allclose(differentiable.written(sae, codes), sae.write(wanted), atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("name", SCORES)
-def test_the_score_is_that_of_the_gate(name: ScoreName, pipe: Any, eraser: Eraser, boat_eraser: Eraser) -> None:
+def test_the_score_is_that_of_the_gate(name: ScoreName, window: int, pipe: Any, eraser: Eraser, boat_eraser: Eraser) -> None:
     both = with_score(eraser, boat_eraser, name)
+    both = replace(both, concepts=(replace(both.concepts[0], window=window), both.concepts[1]))
     batch = batch_of(pipe, *NOUNS)
     fired = []
     for x, mask in zip(batch.x, batch.content, strict=True):

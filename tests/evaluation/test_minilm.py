@@ -77,8 +77,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def protocol(folder: Path, encoder: Path) -> MiniLM:
     train = TrainConfig(n_tokens=2000, batch_tokens=200, dead_tokens=1000, checkpoint_every=4)
     return MiniLM(
-        folder, encoder, ("celebrities",), (0, 1), ((96, 6),), ("token", "evidence"), ("evidence", "contribution"), (8,), (0.01,),
-        (0.02, 0.1), 40, 24, train,
+        folder, encoder, ("celebrities",), (0, 1), ((96, 6),), ("token", "evidence"), ("evidence", "contribution"), (8,),
+        (0.01,), (0.02, 0.1), 40, 24, train,
     )  # fmt: skip
 
 
