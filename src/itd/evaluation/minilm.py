@@ -78,17 +78,17 @@ class MiniLM:
     """Folder of another encoder like BERT; without it, MiniLM from its package."""
     tasks: tuple[TaskName, ...] = TASKS
     """What is erased, each by its own eraser."""
-    layers: tuple[int, ...] = (1, 2, 3, 4)
+    layers: tuple[int, ...] = (1, 2, 3)
     """Layers that are tried, counted from 0."""
-    sizes: tuple[tuple[int, int], ...] = ((16_384, 64), (32_768, 64))
+    sizes: tuple[tuple[int, int], ...] = ((16_384, 64),)
     """(n_latents, k) that are tried at each layer."""
     selections: tuple[Selection, ...] = ("token", "fisher", "evidence")
     """Filters that are tried; the first of these, of `scores`, `n_features` and `eps` picks the autoencoder."""
-    scores: tuple[ScoreName, ...] = ("evidence", "contribution")
+    scores: tuple[ScoreName, ...] = ("evidence",)
     """Scores that are tried; `contribution` with the first filter only."""
-    n_features: tuple[int, ...] = (64, 32, 256)
+    n_features: tuple[int, ...] = (64,)
     """Features per concept that are tried with each score."""
-    eps: tuple[float, ...] = (0.01, 0.003, 0.03)
+    eps: tuple[float, ...] = (0.01,)
     """Variance floors that are tried with the filter `evidence`."""
     rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
     """False-positive rates that the threshold may be calibrated to."""
