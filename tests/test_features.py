@@ -15,6 +15,7 @@ from itd.features import (
     fisher_filter,
     matched_filter,
     naming_tokens,
+    positions,
     prompt_maxima,
     set_difference,
     token_filter,
@@ -384,6 +385,14 @@ def test_the_latents_that_are_often_active_are_those_of_most_prompts() -> None:
     assert counts[often].tolist() == sorted(counts[often].tolist(), reverse=True)
     assert len(halves.often(most=3)) == 3
     assert len(FeatureStats(SAE_).often()) == 0
+
+
+@pytest.mark.parametrize("table_from", [0, 10**9])
+def test_a_table_and_a_search_find_the_same_places(table_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("itd.features.TABLE_FROM", table_from)
+    indices = torch.tensor([[0, 3, 29], [4, 4, 7], [8, 1, 2]])
+    assert positions(indices, torch.tensor([1, 4, 7])).tolist() == [[3, 3, 3], [1, 1, 2], [3, 0, 3]]
+    assert positions(indices, torch.tensor([29])).tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
 
 
 def test_codes_of_some_prompts_are_those_of_each() -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 from itd.kernels import SparseCodes
 from itd.sae import SAE
 
+TABLE_FROM = 2**14
+"""From this many indices, a table of all latents is faster than a binary search for each."""
+
 
 @dataclass(frozen=True, eq=False)
 class ConceptFeatures:
@@ -348,9 +351,18 @@ def dense_acts(codes: SparseCodes, features: Int[Tensor, " n"]) -> Float[Tensor,
     acts = torch.zeros(len(codes.acts), len(features) + 1, device=codes.acts.device)
     if len(features) == 0:
         return acts[:, :0]
-    position = torch.searchsorted(features, codes.indices).clamp_max(len(features) - 1)
-    position = torch.where(features[position] == codes.indices, position, len(features))
-    return acts.scatter_add_(1, position, codes.acts)[:, :-1]
+    return acts.scatter_add_(1, positions(codes.indices, features), codes.acts)[:, :-1]
+
+
+def positions(indices: Int[Tensor, "tokens k"], features: Int[Tensor, " n"]) -> Int[Tensor, "tokens k"]:
+    """Return where among the features (sorted, distinct, at least one) each index stands, n where it does not."""
+    n = len(features)
+    if indices.numel() < TABLE_FROM:
+        found = torch.searchsorted(features, indices).clamp_max(n - 1)
+        return torch.where(features[found] == indices, found, n)
+    table = torch.full((1 + int(max(indices.max(), features[-1])),), n, device=indices.device)
+    table[features] = torch.arange(n, device=indices.device)
+    return table[indices]
 
 
 def all_indices(concepts: Sequence[ConceptFeatures]) -> Int[Tensor, " n"]:
