@@ -90,7 +90,7 @@ class MiniLM:
     """Features per concept that are tried with each score."""
     eps: tuple[float, ...] = (0.01,)
     """Variance floors that are tried with the filter `evidence`."""
-    rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
+    rates: tuple[float, ...] = (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
     """False-positive rates that the threshold may be calibrated to."""
     n_general: int = 3000
     """Captions, and typed prompts, per split at most."""
