@@ -322,15 +322,16 @@ def window_scores(
     if all(window == 1 for window in windows):
         return values
     stops = n_tokens.cumsum(0).repeat_interleave(n_tokens).to(values.device)
-    columns: list[Tensor] = []
-    for column, window in enumerate(windows):
-        means = window_means(values[:, column : column + 1], n_tokens, window)[:, 0]
-        best, places = means, torch.arange(len(means), device=values.device)
+    left = stops - torch.arange(len(values), device=values.device)
+    found = values.clone()
+    for window in set(windows) - {1}:
+        columns = [column for column, own in enumerate(windows) if own == window]
+        best = means = window_means(values[:, columns], n_tokens, window)
         for ahead in range(1, min(window, len(means))):
-            later = torch.cat([means[ahead:], means.new_full((ahead,), -torch.inf)])
-            best = torch.where(places + ahead < stops, torch.maximum(best, later), best)
-        columns.append(best)
-    return torch.stack(columns, 1)
+            later = torch.cat([means[ahead:], torch.full_like(means[:ahead], -torch.inf)])
+            best = torch.where((left > ahead)[:, None], torch.maximum(best, later), best)
+        found[:, columns] = best
+    return found
 
 
 def fisher_weights(
