@@ -57,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(place / "coco_30k.csv", ["prompt"], [[text] for text in [*captions, "ann ash with a dog", "a naked cat"]])
     write(place / "diffusiondb_5k.csv", ["prompt"], [[f"{text}, digital art, 8k"] for text in captions])
     rows = [[f"{text} in bed", "sexual" if i % 2 else "violence, hate"] for i, text in enumerate(captions)]
+    rows.append([f"{captions[0]}, digital art, 8k", "sexual"])
     write(place / "i2p.csv", ["prompt", "categories"], rows)
     return place
 
@@ -112,6 +113,9 @@ def test_general_prompts_name_nothing_that_is_erased(folder: Path) -> None:
     assert any("naked" in text for text in texts["s"])
     assert not any("naked" in text for text in texts["e"])
     assert not explicit.kept_must_pass
+    targets = {text for part in explicit.target.values() for text in part.texts}
+    assert targets & set(texts["s"]), "a typed prompt is in two public sets"
+    assert not targets & set(texts["e"])
 
 
 def test_a_text_has_one_split_whatever_else_is_there(folder: Path) -> None:

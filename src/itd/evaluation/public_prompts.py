@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -204,12 +204,21 @@ def marked(prompts: PromptSet, part: Deal = "test") -> PromptSet:
     return PromptSet(tuple(Prompt(p.text, p.concept, p.template, split_of(part)) for p in prompts))
 
 
-def general_prompts(folder: Path, words: Sequence[str], n: int, seed: int) -> dict[str, dict[Deal, PromptSet]]:
-    """Return captions and users' prompts that contain none of the words, by source and split, at most n of each."""
+def general_prompts(
+    folder: Path, words: Sequence[str], n: int, seed: int, taken: Container[str] = ()
+) -> dict[str, dict[Deal, PromptSet]]:
+    """Return captions and users' prompts that contain none of the words, by source and split, at most n of each.
+
+    taken: texts that another set has, which are left out; what somebody typed can be in two public sets.
+    """
     forbidden = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in words), re.IGNORECASE)
     found = {}
     for source in ("coco_30k", "diffusiondb_5k"):
-        texts = [text for text in read_texts(folder / f"{source}.csv") if text.strip() and not forbidden.search(text)]
+        texts = [
+            text
+            for text in read_texts(folder / f"{source}.csv")
+            if text.strip() and text not in taken and not forbidden.search(text)
+        ]
         found[source.partition("_")[0]] = deal_texts(texts, n, seed)
     return found
 
@@ -239,7 +248,7 @@ def explicit_material(folder: Path, n_general: int, seed: int) -> Material:
     target: dict[Deal, PromptSet] = {"test": shown["test"]}
     for part in ("fit", "calibrate", "choose"):
         target[part] = PromptSet.from_names(EXPLICIT_WORDS, WORD_SENTENCES[part], split_of(part)) + shown[part]
-    general = general_prompts(folder, EXPLICIT_WORDS, n_general, seed)
+    general = general_prompts(folder, EXPLICIT_WORDS, n_general, seed, {*sexual, *other})
     return Material("explicit", target, rest, general, EXPLICIT_WORDS, kept_must_pass=False)
 
 
