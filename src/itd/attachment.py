@@ -53,9 +53,9 @@ class Roles:
     def is_gated(self, row: list[int]) -> bool:
         if self.takes(row):
             return True
-        if not any(contains(ids, row) for ids in self.negative):
+        if not any(pipelines.contains(ids, row) for ids in self.negative):
             return True
-        return not self.ordered and any(contains(ids, row) for ids in self.positive if row)
+        return not self.ordered and any(pipelines.contains(ids, row) for ids in self.positive if row)
 
     def takes(self, row: list[int]) -> bool:
         """Count the row to a positive prompt that it begins or continues, if there is one."""
@@ -66,11 +66,6 @@ class Roles:
                 self.seen[i] = start + len(row)
                 return True
         return False
-
-
-def contains(ids: Sequence[int], part: Sequence[int]) -> bool:
-    """Tell whether `part` stands in `ids` without a gap."""
-    return any(list(ids[i : i + len(part)]) == list(part) for i in range(len(ids) - len(part) + 1))
 
 
 class Attachment(Handle):

@@ -158,10 +158,8 @@ def erase(
     else:
         positive, _ = split_sets(target, retain, neutral or PromptSet(), settings.seed)
         kept = Retained.make(pipe, sae, site, retain, neutral, settings.seed)
-    fit = {name: encode_prompts(pipe, sae, site, positive.of("fit").about(name)) for name in positive.concepts}
     held_out = positive.of("calibrate")
-    windows = name_windows(pipe, site, positive.of("fit"))
-    concepts = standardise(sae, select(sae, fit, kept, settings, windows), fit, kept, settings)
+    concepts = fit_concepts(pipe, sae, site, positive.of("fit"), kept, settings)
     if settings.is_apart:
         concepts = set_apart(sae, concepts, held_out, encode_prompts(pipe, sae, site, held_out), kept, settings)
     scores = [
@@ -199,11 +197,9 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     erased = PromptSet(tuple(Prompt(name, name) for name in eraser.names))
     kept = fitting(retained, pipe, sae, site).without(positive + erased)
     eraser.require_encoder(kept.fingerprint)
-    fit = {name: encode_prompts(pipe, sae, site, positive.of("fit").about(name)) for name in positive.concepts}
     held_out = positive.of("calibrate")
     codes = encode_prompts(pipe, sae, site, held_out)
-    windows = name_windows(pipe, site, positive.of("fit"))
-    fresh = standardise(sae, select(sae, fit, kept, settings, windows), fit, kept, settings)
+    fresh = fit_concepts(pipe, sae, site, positive.of("fit"), kept, settings)
     if settings.is_apart:
         fresh = set_apart(sae, fresh, held_out, codes, kept, settings)
     concepts = eraser.concepts + fresh
@@ -393,13 +389,22 @@ def split_target(target: PromptSet, seed: int) -> PromptSet:
     return positive
 
 
+def fit_concepts(
+    pipe: Any, sae: SAE, site: HookPoint, prompts: PromptSet, kept: Retained, config: EraseConfig
+) -> tuple[ConceptFeatures, ...]:
+    """Select the features of every concept of the prompts, each in its own unit."""
+    fit = {name: encode_prompts(pipe, sae, site, prompts.about(name)) for name in prompts.concepts}
+    windows = name_windows(pipe, site, prompts) if config.selection == "token" else {}
+    return standardise(sae, select(sae, fit, kept, config, windows), fit, kept, config)
+
+
 def name_windows(pipe: Any, site: HookPoint, positive: PromptSet) -> dict[str, int]:
     """Return how many tokens each concept's name has; 1 where most of its prompts do not say the name."""
     windows = {}
     for name in positive.concepts:
         rows = pipelines.token_rows(pipe, site.encoder, positive.about(name).texts, whole=True)
         ids = pipelines.token_rows(pipe, site.encoder, [name], whole=True)[0]
-        said = sum(any(row[i : i + len(ids)] == ids for i in range(len(row))) for row in rows)
+        said = sum(pipelines.contains(row, ids) for row in rows)
         windows[name] = len(ids) if ids and 2 * said > len(rows) else 1
     return windows
 

@@ -213,10 +213,8 @@ def fisher_filter(
     their deviation. A latent that a neighbour of the concept has too may weigh less than nothing.
     Source: Friedman 1989, Regularized discriminant analysis.
     """
-    deviation = (retain.variance + 0.01 * retain.variance.max().clamp_min(1e-12)).sqrt()
     gap = target.mean - retain.mean
-    _, indices = (gap.clamp_min(0) / deviation).topk(min(n_features, len(gap)))
-    indices = indices[gap[indices] > 0].sort().values
+    indices = most_telling(gap, retain.variance, n_features)
     maxima = retained.largest(dense_acts(retained.codes, indices)).clamp_min(0)
     return ConceptFeatures(name, indices, fisher_weights(maxima, gap[indices], shrinkage))
 
@@ -260,16 +258,14 @@ def token_filter(
     Source: Andrews et al. 2003, Support vector machines for multiple-instance learning, section 3, for the turns.
     """
     found = start
-    deviation = (others.variance + 0.01 * others.variance.max().clamp_min(1e-12)).sqrt()
     named = torch.zeros(0, dtype=torch.int64)
     for _ in range(n_rounds):
         before, named = named, naming_tokens(found, target)
         if torch.equal(before, named):
             break
         chosen = SparseCodes(target.codes.acts[named], target.codes.indices[named])
-        gap = token_stats(chosen, len(deviation)).mean - others.mean
-        _, indices = (gap.clamp_min(0) / deviation).topk(min(n_features, len(gap)))
-        indices = indices[gap[indices] > 0].sort().values
+        gap = token_stats(chosen, len(others.mean)).mean - others.mean
+        indices = most_telling(gap, others.variance, n_features)
         means = window_means(dense_acts(retained.codes, indices), retained.n_tokens, start.window)
         weights = fisher_weights(means[means.isfinite().all(1)], gap[indices], shrinkage)
         found = replace(start, indices=indices, weights=weights)
@@ -332,6 +328,13 @@ def window_scores(
             best = torch.where((left > ahead)[:, None], torch.maximum(best, later), best)
         found[:, columns] = best
     return found
+
+
+def most_telling(gap: Float[Tensor, " n_latents"], variance: Float[Tensor, " n_latents"], n_features: int) -> Int[Tensor, " n"]:
+    """Return the latents with the largest difference of means in units of their deviation, above 0, sorted."""
+    deviation = (variance + 0.01 * variance.max().clamp_min(1e-12)).sqrt()
+    _, indices = (gap.clamp_min(0) / deviation).topk(min(n_features, len(gap)))
+    return indices[gap[indices] > 0].sort().values
 
 
 def fisher_weights(

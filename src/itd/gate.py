@@ -145,15 +145,11 @@ def score_codes(
     require_score(name)
     if len(codes.acts) == 0:
         return Scores(torch.zeros(0, len(concepts)), torch.full((len(concepts),), -math.inf), codes)
+    tokens = token_scores(name, sae, concepts, codes, x, strength)
     if name == "reconstruction":
-        if x is None:
-            raise ValueError("the score 'reconstruction' needs the activations, not only their codes")
-        tokens = reconstruction(sae, concepts, codes, x.to(sae.b_dec.dtype), strength)
-    else:
-        tokens = token_scores(name, sae, concepts, codes)
-        tokens = window_scores(tokens, torch.tensor([len(tokens)]), [concept.window for concept in concepts])
-    require_numbers(tokens)
-    return Scores(tokens, tokens.mean(0) if name == "reconstruction" else tokens.amax(0), codes)
+        return Scores(tokens, tokens.mean(0), codes)
+    tokens = window_scores(tokens, torch.tensor([len(tokens)]), [concept.window for concept in concepts])
+    return Scores(tokens, tokens.amax(0), codes)
 
 
 def score_prompts(
@@ -168,28 +164,32 @@ def score_prompts(
     parts = zip(prompts.codes.acts.split(size), prompts.codes.indices.split(size), strict=True)
     tokens = [token_scores(name, sae, concepts, SparseCodes(*part)) for part in parts]
     scores = torch.cat(tokens) if tokens else torch.zeros(0, len(concepts))
-    require_numbers(scores)
     return prompts.largest(window_scores(scores, prompts.n_tokens, [concept.window for concept in concepts]))
 
 
 def token_scores(
-    name: ScoreName, sae: SAE, concepts: Sequence[ConceptFeatures], codes: SparseCodes
+    name: ScoreName,
+    sae: SAE,
+    concepts: Sequence[ConceptFeatures],
+    codes: SparseCodes,
+    x: Float[Tensor, "tokens d_model"] | None = None,
+    strength: float = -8.0,
 ) -> Float[Tensor, "tokens concepts"]:
-    """Score single tokens from their codes.
+    """Score single tokens from their codes; `reconstruction` also needs the activations.
 
     Raises:
-        ValueError: an unknown score, or `reconstruction`, which needs the activations.
+        ValueError: see `score_codes`.
     """
     require_score(name)
     if name == "reconstruction":
-        raise ValueError("the score 'reconstruction' needs the activations, not only their codes")
-    return (evidence if name == "evidence" else contribution)(sae, concepts, codes)
-
-
-def require_numbers(scores: Tensor) -> None:
-    """Raise ValueError if a score is NaN, which no threshold could stop."""
-    if scores.isnan().any():
+        if x is None:
+            raise ValueError("the score 'reconstruction' needs the activations, not only their codes")
+        tokens = reconstruction(sae, concepts, codes, x.to(sae.b_dec.dtype), strength)
+    else:
+        tokens = (evidence if name == "evidence" else contribution)(sae, concepts, codes)
+    if tokens.isnan().any():
         raise ValueError("the score is NaN: the autoencoder's or the features' weights are damaged; load or make them again")
+    return tokens
 
 
 def require_score(name: str) -> None:

@@ -96,6 +96,11 @@ def token_rows(pipe: Any, encoder: str, prompts: Sequence[str], whole: bool = Fa
     return tokenizer(converted, max_length=tokenizer.model_max_length, truncation=True).input_ids
 
 
+def contains(ids: Sequence[int], part: Sequence[int]) -> bool:
+    """Tell whether `part` stands in `ids` without a gap."""
+    return any(list(ids[i : i + len(part)]) == list(part) for i in range(len(ids) - len(part) + 1))
+
+
 def pad_rows(rows: Sequence[Sequence[int]], tokenizer: Any) -> Tokens:
     """Return token ids as one tensor, padded to the longest row; for encoders that need no padding."""
     longest = max(map(len, rows))

@@ -34,14 +34,14 @@ def written(sae: SAE, codes: SparseCodes, concept: ConceptFeatures | None = None
 def token_scores(eraser: Eraser, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens concepts"]:
     """Return the gate's score of every content token for every concept."""
     sae, codes = eraser.sae, encode(eraser.sae, x)
-    windows, n_tokens = [concept.window for concept in eraser.concepts], torch.tensor([len(x)])
+    if eraser.gate.score == "reconstruction":
+        error, factor = written(sae, codes) + sae.b_dec - x, eraser.gate.strength - 1
+        return torch.stack([(error + factor * written(sae, codes, c)).square().mean(-1) for c in eraser.concepts], 1)
     if eraser.gate.score == "evidence":
-        return window_scores(torch.stack([evidence(codes, c) for c in eraser.concepts], 1), n_tokens, windows)
-    parts = [written(sae, codes, concept) for concept in eraser.concepts]
-    if eraser.gate.score == "contribution":
-        return window_scores(torch.stack([part.norm(dim=-1) for part in parts], 1), n_tokens, windows)
-    error = written(sae, codes) + sae.b_dec - x
-    return torch.stack([(error + (eraser.gate.strength - 1) * part).square().mean(-1) for part in parts], 1)
+        tokens = [evidence(codes, concept) for concept in eraser.concepts]
+    else:
+        tokens = [written(sae, codes, concept).norm(dim=-1) for concept in eraser.concepts]
+    return window_scores(torch.stack(tokens, 1), torch.tensor([len(x)]), [concept.window for concept in eraser.concepts])
 
 
 def evidence(codes: SparseCodes, concept: ConceptFeatures) -> Float[Tensor, " tokens"]:

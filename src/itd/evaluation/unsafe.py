@@ -92,8 +92,10 @@ class Unsafe:
     @property
     def ways(self) -> tuple[str, ...]:
         """What the erasers are told, each in turn."""
-        asked = {"synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft, "names": self.by_name}
-        asked["name_synonyms"] = self.by_name_synonyms
+        asked = {
+            "synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft, "names": self.by_name,
+            "name_synonyms": self.by_name_synonyms,
+        }  # fmt: skip
         return ("words", *(way for way, wanted in asked.items() if wanted))
 
     def safe_nouns(self, world: World) -> list[str]:
