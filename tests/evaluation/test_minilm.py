@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_encoders import build_bert
 
 from itd import TrainConfig, evaluate, training
 from itd.evaluation import minilm
-from itd.evaluation.minilm import MiniLM, merged, recall_at_bars, require_separate
+from itd.evaluation.minilm import Bench, MiniLM, merged, rates_apart, recall_at_bars, require_separate
 from itd.evaluation.public_prompts import (
     FILES,
     PAINTERS,
@@ -27,6 +28,8 @@ from itd.evaluation.public_prompts import (
     load_material,
     mixed_names,
 )
+from itd.gate import threshold_for_fpr
+from itd.prompts import PromptSet
 
 STARS = ("ann ash", "bob beam", "cid cole", "dee dorn")
 OTHERS = ("eve elm", "fay fox", "gus gale", "hal hays", "ida ives", "jon jay", "kim kerr", "lou lane", "mia moss", "ned nash")
@@ -79,7 +82,7 @@ def protocol(folder: Path, encoder: Path) -> MiniLM:
     train = TrainConfig(n_tokens=2000, batch_tokens=200, dead_tokens=1000, checkpoint_every=4)
     return MiniLM(
         folder, encoder, ("celebrities",), (0, 1), ((96, 6),), ("token", "evidence"), ("evidence", "contribution"), (8,),
-        (0.01,), (0.02, 0.1), 40, 24, train,
+        (0.01,), 0.1, 40, 24, train,
     )  # fmt: skip
 
 
@@ -147,6 +150,27 @@ def test_the_recall_within_the_bars_is_that_of_the_lowest_threshold_that_keeps_t
         recall_at_bars([1.0], [], [[]])
 
 
+@pytest.mark.parametrize(("n", "most"), [(3830, 0.01), (100, 0.05), (50, 0.01)])
+def test_every_threshold_between_calibration_prompts_is_tried(n: int, most: float) -> None:
+    negatives = torch.randperm(n, generator=torch.Generator().manual_seed(n)) / n
+    rates = rates_apart(n, most)
+    thresholds = [threshold_for_fpr(negatives, fpr) for fpr in rates]
+    reached = [int((negatives >= threshold).sum()) for threshold in thresholds]
+    assert reached == list(range(len(rates)))
+    assert len(rates) == max(1, int(most * (n + 1)))
+    assert max(rates) < max(most, 1 / (n + 1)) + 1 / (n + 1)
+
+
+def test_the_smallest_rate_is_picked_that_keeps_the_recall(protocol: MiniLM, folder: Path) -> None:
+    material = load_material("celebrities", folder, 5)
+    bench = Bench(folder, Any, Any, PromptSet(), replace(protocol, max_fpr=0.5))  # type: ignore[arg-type]
+    # From the third largest calibration prompt on all positives are found, from the fifth on a kept name fires.
+    trial = {"calibrate": [i / 10 for i in range(10)], "positives": [0.75, 2.0], "kept": [0.55], "sources": {"coco": [0.0]}}
+    assert bench.pick_rate(material, trial) == rates_apart(10, 0.5)[2]
+    never = trial | {"sources": {"coco": [5.0]}}
+    assert bench.pick_rate(material, never) == rates_apart(10, 0.5)[0]
+
+
 def test_the_protocol_trains_chooses_tests_and_goes_on(
     protocol: MiniLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +198,8 @@ def test_the_protocol_trains_chooses_tests_and_goes_on(
     best = max(trial["recall_at_bars"] for trial in trials)
     picked = content["record"]["chosen"]["celebrities"]["candidate"]
     assert best in {trial["recall_at_bars"] for trial in trials if trial["candidate"] == picked}
-    assert {"celebrities.leak_free.recall", "celebrities.leaky.recall", "celebrities.bars_met"} <= set(report.metrics)
+    expected = {"leak_free.recall", "leak_free.probe.recall_at_bars", "leaky.recall", "bars_met"}
+    assert {f"celebrities.{name}" for name in expected} <= set(report.metrics)
     steps.clear()
     assert evaluate(None, protocol, out=tmp_path).metrics.keys() == report.metrics.keys()
     assert steps == []

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
+from itd import pipelines
 from itd.activations import ActivationStore, record
 from itd.artifacts import CONFIG
 from itd.encoders import TextPipeline, load_minilm, load_text_encoder
@@ -25,7 +28,7 @@ from itd.evaluation.ledger import Ledger
 from itd.evaluation.public_prompts import TASKS, Deal, Material, TaskName, find_folder, load_material
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.world import Made, Sets, deal, gate_margins, weights_sha256
-from itd.gate import ScoreName
+from itd.gate import ScoreName, threshold_for_fpr
 from itd.hooks import HookPoint
 from itd.metrics.detection import roc
 from itd.metrics.intervals import Rate, clustered_rate, rate
@@ -36,6 +39,7 @@ from itd.retained import Retained
 from itd.sae import SAE, SAEConfig
 from itd.training import TrainConfig, train
 
+ENCODER = "text_encoder"
 BARS = {"recall": 0.97, "fpr_kept": 0.01, "fpr_general": 0.003}
 """Recall on the test prompts is to be at least, false positives at most this."""
 LOST_RECALL = 0.003
@@ -63,7 +67,7 @@ class Candidate:
 
     @property
     def site(self) -> HookPoint:
-        return HookPoint("text_encoder", f"encoder.layer.{self.layer}")
+        return HookPoint(ENCODER, f"encoder.layer.{self.layer}")
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ class MiniLM:
     """Features per concept that are tried with each score."""
     eps: tuple[float, ...] = (0.01,)
     """Variance floors that are tried with the filter `evidence`."""
-    rates: tuple[float, ...] = (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01)
-    """False-positive rates that the threshold may be calibrated to."""
+    max_fpr: float = 0.01
+    """Largest false-positive rate that the threshold may be calibrated to."""
     n_general: int = 3000
     """Captions, and typed prompts, per split at most."""
     max_tokens: int = 96
@@ -102,9 +106,11 @@ class MiniLM:
     """Of the splits."""
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "layers", "sizes", "selections", "scores", "n_features", "eps", "rates"):
+        for name in ("tasks", "layers", "sizes", "selections", "scores", "n_features", "eps"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one to try; got none")
+        if not 0 < self.max_fpr < 1:
+            raise ValueError(f"max_fpr lies between 0 and 1, got {self.max_fpr}")
 
     def quick(self) -> MiniLM:
         """Return the subsample: celebrities only, one small autoencoder at one layer, one setting, 300 general prompts."""
@@ -132,7 +138,7 @@ class MiniLM:
                 n_features=n_features,
                 eps=eps,
                 calibration="shared",
-                fpr=max(self.rates),
+                fpr=self.max_fpr,
                 seed=self.seed,
             )
             for score, n_features in product(self.scores, self.n_features)
@@ -321,27 +327,51 @@ class Bench:
         return Sets(known(material.target), known(material.kept), neutral)
 
     def pick_rate(self, material: Material, trial: Mapping[str, Any]) -> float:
-        """Return the smallest rate that loses next to no recall on `choose` prompts against the largest one within the bars.
+        """Return the smallest rate that loses next to no recall on `choose` prompts against the best of those within the bars.
 
-        The smallest rate if none is within the bars.
+        Tried are all rates that the `calibrate` prompts tell apart. The smallest one if none is within the bars.
         """
-        from itd.gate import threshold_for_fpr
-
-        allowed: dict[float, float] = {}
-        for fpr in sorted(self.protocol.rates):
-            threshold = threshold_for_fpr(tensor(trial["calibrate"]), fpr)
+        calibrate, allowed = tensor(trial["calibrate"]), dict[float, float]()
+        rates = rates_apart(len(calibrate), self.protocol.max_fpr)
+        for fpr in rates:
+            threshold = threshold_for_fpr(calibrate, fpr)
             kept, *general = (share(side, threshold) for side in (trial["kept"], *trial["sources"].values()))
             if (kept <= BARS["fpr_kept"] or not material.kept_must_pass) and max(general) <= BARS["fpr_general"]:
                 allowed[fpr] = share(trial["positives"], threshold)
         most = max(allowed.values(), default=0.0)
-        return min((fpr for fpr, recall in allowed.items() if recall >= most - LOST_RECALL), default=min(self.protocol.rates))
+        return min((fpr for fpr, recall in allowed.items() if recall >= most - LOST_RECALL), default=rates[0])
 
     def test(self, material: Material, picked: Mapping[str, Any]) -> Margins:
         """Make the eraser that was picked and look at the test prompts."""
         candidate, config = Candidate(**picked["candidate"]), EraseConfig(**picked["config"])
         made = self.eraser(f"{material.task} leak-free", candidate, self.sets(material), config)
         found = self.measure(f"{material.task} leak-free", made, material, "test")
-        return replace(found, rates=found.rates | promises(made.eraser) | {"eraser_kb": made.n_bytes / 1024})
+        more = promises(made.eraser) | {"eraser_kb": made.n_bytes / 1024} | self.probe(material)
+        return replace(found, rates=found.rates | more)
+
+    def probe(self, material: Material) -> dict[str, Rate | float]:
+        """Return what a linear probe reaches on the test prompts: how much the encoder's output tells at all.
+
+        A logistic regression on the mean state of a prompt, its `fit` prompts against those that must pass. Its recall is that
+        of the best threshold on the test prompts, which no gate may pick by.
+        """
+
+        def measure() -> dict[str, float]:
+            from sklearn.linear_model import LogisticRegression
+
+            positive, negative = mean_states(self.pipe, material.target["fit"]), mean_states(self.pipe, merged(material, "fit"))
+            labels = [1] * len(positive) + [0] * len(negative)
+            fitted = LogisticRegression(max_iter=3000).fit(torch.cat([positive, negative]).numpy(), labels)
+
+            def scores(prompts: PromptSet) -> list[float]:
+                return fitted.decision_function(mean_states(self.pipe, prompts).numpy()).tolist()
+
+            own, kept = scores(material.target["test"]), scores(material.kept["test"]) if material.kept_must_pass else []
+            sources = [scores(source["test"]) for source in material.general.values()]
+            area = roc(tensor(own), tensor([score for source in sources for score in source])).area
+            return {"probe.recall_at_bars": recall_at_bars(own, kept, sources), "probe.auroc_general": area}
+
+        return dict(self.ledger.cell(f"probe {material.task}", measure))
 
     def test_leaky(self, material: Material, picked: Mapping[str, Any]) -> Margins:
         """Make an eraser in the same way from the prompts that it is tested on."""
@@ -382,6 +412,18 @@ def settings_name(config: EraseConfig) -> str:
     return f"{config.selection}, {config.score}, {config.n_features} features{spread}"
 
 
+@torch.no_grad()
+def mean_states(pipe: TextPipeline, prompts: PromptSet) -> Float[Tensor, "prompts d_model"]:
+    """Return the mean of the encoder's last states over the tokens that a prompt wrote, as unit vectors."""
+    found = []
+    for start in range(0, len(prompts), pipelines.BATCH):
+        tokens = pipelines.tokenize(pipe, ENCODER, prompts.texts[start : start + pipelines.BATCH])
+        states = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        content = pipelines.content_mask(tokens.input_ids, pipe.tokenizer)[..., None]
+        found.append(F.normalize((states * content).sum(1), dim=1))
+    return torch.cat(found)
+
+
 def tensor(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -406,6 +448,14 @@ def recall_at_bars(positives: Sequence[float], kept: Sequence[float], sources: I
     if not thresholds:
         raise ValueError("recall within the bars needs prompts that must pass; got none")
     return float((tensor(positives) > max(thresholds)).double().mean())
+
+
+def rates_apart(n: int, most: float) -> list[float]:
+    """Return false-positive rates up to `most`, each of which n calibration prompts give another threshold: k of n + 1.
+
+    Halfway to the next, so that rounding does not decide between two thresholds. At least the smallest.
+    """
+    return [(k + 0.5) / (n + 1) for k in range(1, max(1, int(most * (n + 1))) + 1)]
 
 
 def meets(rates: Mapping[str, Rate | float], material: Material) -> bool:
