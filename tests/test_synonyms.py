@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from itd import emoji
 from itd.emoji.prompts import erase_sets
 from itd.eraser import Eraser
-from itd.synonyms import Synonym, find_synonyms, synonym_words
+from itd.synonyms import Synonym, common_words, find_synonyms, synonym_words
 from itd.templates import mention_of
 
 WORDS = ("house", "lamp", "tree", "boat", "cat", "dog")
@@ -50,6 +51,32 @@ def test_words_with_nearly_the_embedding_of_a_name_are_its_synonyms(knowing: Any
     found = find_synonyms(knowing, ["cat"], words=WORDS)
     assert [synonym.word for synonym in found["cat"]] == ["dog"]
     assert 0.9 < found["cat"][0].similarity <= 1
+
+
+@pytest.fixture
+def word_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package of common words, as small as can be."""
+    words = ("the", "dog's", "of", "dog", "2024", "tree", "lamp")
+    monkeypatch.setitem(sys.modules, "wordfreq", SimpleNamespace(iter_wordlist=lambda language: iter(words)))
+
+
+@pytest.mark.usefixtures("word_list")
+def test_common_words_are_candidates_too(knowing: Any) -> None:
+    assert common_words(2) == ["the", "dog"]
+    assert common_words(9) == ["the", "dog", "tree", "lamp"]
+    assert find_synonyms(knowing, ["cat"], words=("house", "boat", "tree")) == {}
+    knowing.text_encoder.meaning["the"] = [0.0, 0.5, 0.5]
+    found = find_synonyms(knowing, ["cat"], words=("house", "boat", "tree"), common=2)
+    assert synonym_words(found) == ["dog"]
+
+
+def test_common_words_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wordfreq", None)
+    assert common_words(0) == []
+    with pytest.raises(ImportError, match=r"itd\[synonyms\]"):
+        common_words(10)
+    with pytest.raises(ValueError, match="-1"):
+        common_words(-1)
 
 
 def test_a_word_belongs_to_the_closest_name_also_to_one_that_stays(knowing: Any) -> None:
@@ -109,6 +136,8 @@ def test_the_command_erases_and_prints_synonyms(tmp_path: Path, capsys: pytest.C
 
     assert main(["erase", "--target", "gun", "--retain", "cat", "dog", "owl", "--synonyms", "--out", str(tmp_path / "e")]) != 0
     assert "neither a noun nor a design" in capsys.readouterr().err
+    assert main(["erase", "--target", "pistol", "--common-words", "9", "--out", str(tmp_path / "e")]) != 0
+    assert "--common-words 9" in capsys.readouterr().err
     assert main(["erase", "--target", "pistol", "--synonyms", "--out", str(tmp_path / "pistol")]) == 0
     assert "pistol: also" in capsys.readouterr().out
     eraser = Eraser.load(tmp_path / "pistol")

@@ -196,10 +196,14 @@ class Erase(OnModel):
     """Folder of an eraser to add the concepts to, under its settings; with --retained. --out may be the same folder."""
     synonyms: bool = False
     """Also erase the words that the text encoder takes for the names: more prompts are caught, and more fire by mistake."""
+    common_words: int = 0
+    """With --synonyms: look for them among this many common English words too, of however many tokens. Needs itd[synonyms]."""
     settings: tyro.conf.OmitArgPrefixes[EraseConfig] = field(default_factory=EraseConfig)
 
     def run(self) -> None:
         require_free(self.out, "eraser")
+        if self.common_words and not self.synonyms:
+            raise ValueError(f"--common-words {self.common_words} says where --synonyms looks; give --synonyms too")
         target, retain, neutral = (list(flat(values)) for values in (self.target, self.retain, self.neutral))
         if self.add_to is not None:
             eraser, kept = inputs.eraser_to_extend(self.add_to, self.retained, self.sae)
@@ -226,7 +230,7 @@ class Erase(OnModel):
         """Find synonyms of the names, if they are asked for, and print them."""
         if not self.synonyms:
             return []
-        found = inputs.find_other_words(self.pipeline(), self.model, target, retain, site.encoder)
+        found = inputs.find_other_words(self.pipeline(), self.model, target, retain, site.encoder, self.common_words)
         for name, listed in found.items():
             print(f"{name}: also {', '.join(f'{synonym.word} ({synonym.similarity:.2f})' for synonym in listed)}")
         if not found:

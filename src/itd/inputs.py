@@ -235,7 +235,7 @@ def target_set(model: str | None, target: Sequence[str], synonyms: Sequence[str]
 
 
 def find_other_words(
-    pipe: Any, model: str | None, target: Sequence[str], retain: Sequence[str], encoder: str
+    pipe: Any, model: str | None, target: Sequence[str], retain: Sequence[str], encoder: str, common: int = 0
 ) -> dict[str, tuple[Synonym, ...]]:
     """Return the synonyms of the targets that are names; words closer to a name that stays are left out.
 
@@ -250,7 +250,7 @@ def find_other_words(
         from itd.emoji import nouns
 
         stays += [noun.name for noun in nouns()]
-    return find_synonyms(pipe, names, stays, encoder=encoder)
+    return find_synonyms(pipe, names, stays, common=common, encoder=encoder)
 
 
 def concept_sets(

@@ -6,8 +6,10 @@ image model is told, does not. A word whose embedding lies close to a name's is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from itd.vocabulary import names_of, vocabulary_of
 
 FRAMES = ("a photo of {}", "an image of a {}", "{}")
 """Sentences in which words are compared; what they have in common is taken off with the mean over the vocabulary."""
+LETTERS = re.compile(r"[a-z]{3,}")
 CLOSE = 0.65
 """Cosine from which a word counts as a synonym."""
 
@@ -42,6 +45,7 @@ def find_synonyms(
     close: float = CLOSE,
     most: int = 8,
     words: Sequence[str] | None = None,
+    common: int = 0,
     encoder: str = "text_encoder",
 ) -> dict[str, tuple[Synonym, ...]]:
     """Return, for each name that has any, the words which the text encoder takes for it, the closest first.
@@ -54,9 +58,11 @@ def find_synonyms(
         close: cosine from which a word counts, above 0 and at most 1.
         most: synonyms per name.
         words: candidates; by default the words that the tokenizer has as one token.
+        common: how many of the most common English words are candidates too, of however many tokens; see `common_words`.
 
     Raises:
         ValueError: no names, a cosine out of range, a text encoder without a pooled output.
+        ImportError: common words without the extra `synonyms`.
     """
     if not names:
         raise ValueError("names must not be empty: whose synonyms are to be found?")
@@ -65,7 +71,8 @@ def find_synonyms(
     targets = list(dict.fromkeys(names))
     rivals = [name for name in dict.fromkeys(others) if name not in targets]
     parts = set[str]().union(*(names_of(name) for name in (*targets, *rivals)))
-    candidates = [word for word in dict.fromkeys(words or vocabulary_of(pipe, encoder).words) if word.lower() not in parts]
+    known = dict.fromkeys([*(words or vocabulary_of(pipe, encoder).words), *common_words(common)])
+    candidates = [word for word in known if word.lower() not in parts]
     if not candidates:
         return {}
     embedded = pooled(pipe, candidates, encoder)
@@ -80,6 +87,26 @@ def find_synonyms(
         if int(nearest[row]) < len(targets):
             found.setdefault(targets[int(nearest[row])], []).append(Synonym(candidates[row], round(float(values[row]), 4)))
     return {name: tuple(found[name][:most]) for name in targets if name in found}
+
+
+def common_words(n: int) -> list[str]:
+    """Return the n most common English words, the most common first; of three letters or more, and letters only.
+
+    Source: Speer 2022, wordfreq, https://doi.org/10.5281/zenodo.7199437.
+
+    Raises:
+        ValueError: a negative number.
+        ImportError: the extra `synonyms` is not installed.
+    """
+    if n < 0:
+        raise ValueError(f"the number of common words must not be negative, got {n}")
+    if n == 0:
+        return []
+    try:
+        from wordfreq import iter_wordlist  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("common words need the extra synonyms: pip install 'itd[synonyms]'") from error
+    return list(islice(filter(LETTERS.fullmatch, iter_wordlist("en")), n))
 
 
 def synonym_words(found: Mapping[str, Sequence[Synonym]]) -> list[str]:

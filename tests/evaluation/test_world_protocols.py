@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +190,16 @@ def test_an_unknown_protocol_or_setting_is_refused_by_name() -> None:
         Many(())
     with pytest.raises(ValueError, match="words"):
         Unsafe(())
+
+
+def test_synonyms_among_common_words_are_erased_with_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wordfreq", SimpleNamespace(iter_wordlist=lambda language: iter(("the", "of", "night"))))
+    protocol = Unsafe(("axe", "bow"), 1, 1, 2, False, False, False, False, False, 2)
+    assert protocol.ways == ("words", "name_common", "name_draft")
+    report = evaluate(None, protocol, out=tmp_path)
+    told = {folder.name: json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "erasers").iterdir()}
+    assert [name for name, config in told.items() if config.get("draft")] == ["unsafe-name_draft"]
+    assert {"name_common.implicit_drop", "name_draft.implicit_drop"} <= set(report.metrics)
 
 
 def test_an_interval_over_concepts_is_in_the_record(tmp_path: Path) -> None:

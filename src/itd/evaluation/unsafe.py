@@ -53,6 +53,9 @@ class Unsafe:
     """Also erase by the objects' names: what more could be had by knowing them."""
     by_name_synonyms: bool = True
     """Also erase by the objects' names and what the text encoder takes for them."""
+    common_words: int = 0
+    """Also erase by the names and what the text encoder takes for them among this many common English words, without and with
+    the gate on the first guess of the picture. Needs the extra `synonyms`."""
     seed: int = 0
     """Of sentences and pictures."""
     erase: EraseConfig = field(default_factory=EraseConfig)
@@ -94,7 +97,7 @@ class Unsafe:
         """What the erasers are told, each in turn."""
         asked = {
             "synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft, "names": self.by_name,
-            "name_synonyms": self.by_name_synonyms,
+            "name_synonyms": self.by_name_synonyms, "name_common": self.common_words > 0, "name_draft": self.common_words > 0,
         }  # fmt: skip
         return ("words", *(way for way, wanted in asked.items() if wanted))
 
@@ -125,18 +128,20 @@ class Unsafe:
         """Make the eraser of the words or of the objects' names, with synonyms and a second gate, without the safe nouns."""
         sets = leak_free_sets(unsafe, safe)
         if by != "names":
-            told = unsafe if by == "name_synonyms" else self.words
-            words = [*told, *(self.synonyms(world, told) if by != "words" else ())]
+            by_name = by.startswith("name_")
+            told, common = (unsafe, self.common_words if by != "name_synonyms" else 0) if by_name else (self.words, 0)
+            words = [*told, *(self.synonyms(world, told, common) if by != "words" else ())]
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
-        settings = replace(self.erase, **{f"{by}_gate": True}) if by in ("pooled", "draft") else self.erase
+        gate = by.removeprefix("name_")
+        settings = replace(self.erase, **{f"{gate}_gate": True}) if gate in ("pooled", "draft") else self.erase
         return world.eraser(f"{self.name} {by}", sets, settings)
 
-    def synonyms(self, world: World, told: Sequence[str]) -> list[str]:
+    def synonyms(self, world: World, told: Sequence[str], common: int = 0) -> list[str]:
         """Return what the text encoder takes for the words that the eraser is told, and for no noun that is safe."""
         safe = sorted(name for name, noun in world.nouns.items() if noun.role != "unsafe")
-        return synonym_words(find_synonyms(world.pipe, told, safe))
+        return synonym_words(find_synonyms(world.pipe, told, safe, common=common))
 
     def section(
         self,
