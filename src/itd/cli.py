@@ -363,6 +363,8 @@ class Evaluate(OnModel):
     """A small subsample, which the report states; its intervals are wide."""
     seed: int = 0
     """Of concepts, prompts and pictures."""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
+    """Other settings of the protocol, as `n_kept=25 counts=1,5 erase.n_features=64`; docs/evaluation.md names them."""
     preset: Literal["default", "paper"] = "default"
     """How erasers are made in the embedded world: `default` is as the protocol says, `paper` follows the publication."""
     eraser: Erasers = ()
@@ -405,9 +407,9 @@ class Evaluate(OnModel):
         return self.out / CONFIG
 
     def run(self) -> None:
-        from itd.evaluation import evaluate, find_protocol
+        from itd.evaluation import evaluate, find_protocol, with_settings
 
-        protocol = find_protocol(self.protocol, **self.settings_of())
+        protocol = with_settings(find_protocol(self.protocol, **self.settings_of()), self.settings)
         inputs.quiet_libraries()
         eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser else None
         pipe = None if self.model is None else self.pipeline()

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,16 @@ def failing(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_a_protocol_is_one_command_and_its_config_runs_it_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("itd.evaluation.general.General.quick", lambda self: type(self)(6, 2, seed=self.seed))
+    monkeypatch.setattr("itd.evaluation.general.General.quick", lambda self: replace(self, n_prompts=6))
     out = tmp_path / "out"
-    assert main(["evaluate", "general", "--out", str(out), "--quick", "--seed", "3"]) == 0
+    assert main(["evaluate", "general", "--out", str(out), "--quick", "--seed", "3", "--set", "n_erased=2"]) == 0
     printed = capsys.readouterr().out
     assert "gate_fires" in printed
     assert printed.splitlines()[-1] == f"page: {out / 'report.html'}"
     first = json.loads((out / "report.json").read_text())
-    assert first["record"]["settings"]["seed"] == 3
+    assert {name: first["record"]["settings"][name] for name in ("seed", "n_prompts", "n_erased")} == {
+        "seed": 3, "n_prompts": 6, "n_erased": 2,
+    }  # fmt: skip
     (out / "report.json").unlink()
 
     def refuse(*_: Any) -> None:

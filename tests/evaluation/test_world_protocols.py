@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 
 from itd import evaluate
 from itd.emoji import generate as drawing
-from itd.evaluation import PROTOCOLS, find_protocol
+from itd.erasing import EraseConfig
+from itd.evaluation import PROTOCOLS, find_protocol, with_settings
 from itd.evaluation.gate import GateAlone
 from itd.evaluation.general import General
 from itd.evaluation.identities import Identities
 from itd.evaluation.many import Many
+from itd.evaluation.minilm import MiniLM
 from itd.evaluation.styles import Styles, style_sets
 from itd.evaluation.unsafe import Unsafe, silent_tags
 from itd.evaluation.world import CHUNK, Case, Drawn, World, leak_free_sets, leaky_sets, margin_of, require_no_leak
@@ -190,6 +193,29 @@ def test_an_unknown_protocol_or_setting_is_refused_by_name() -> None:
         Many(())
     with pytest.raises(ValueError, match="words"):
         Unsafe(())
+
+
+def test_settings_are_said_as_text() -> None:
+    said = ["counts=1,5", "n_kept=3", "erase.n_features=64", "erase.draft_gate=True"]
+    found = with_settings(Many(n_drawn=7), said)
+    assert found == Many((1, 5), 3, 7, erase=replace(EraseConfig(), n_features=64, draft_gate=True))
+    assert with_settings(Unsafe(), ["words=gun,rude gesture", "by_draft=False"]) == Unsafe(
+        ("gun", "rude gesture"), by_draft=False
+    )
+    assert with_settings(MiniLM(), ["sizes=4096,32,8192,64", "train.lr=0.5"]).sizes == ((4096, 32), (8192, 64))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("n_kept", "NAME=VALUE, as seed=1; got 'n_kept'"), ("=3", "got '=3'"), ("size=3", "its settings are counts, n_kept"),
+        ("n_kept=few", "'n_kept=few'.*'few'"), ("counts=0", "counts must be at least 1"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused(setting: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_settings(Many(), [setting])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_synonyms_among_common_words_are_erased_with_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

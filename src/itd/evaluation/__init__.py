@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+
+import tyro
 
 from itd.eraser import Eraser
 
@@ -49,6 +55,31 @@ def find_protocol(name: str, **settings: Any) -> EvaluationProtocol:
         return getattr(import_module(f"itd.evaluation.{module}"), cls)(**settings)
     except TypeError as error:
         raise ValueError(f"the protocol {name!r} cannot be set so: {error}") from error
+
+
+def with_settings(protocol: EvaluationProtocol, settings: Sequence[str]) -> EvaluationProtocol:
+    """Return a protocol with other settings, each said as `NAME=VALUE`: `n_kept=25`, `counts=1,5`, `erase.n_features=64`.
+
+    Commas part several values; names of settings within settings are joined by a point.
+
+    Raises:
+        ValueError: no `NAME=VALUE`, a setting that the protocol does not have, or a value that it cannot take.
+    """
+    changed: Any = protocol
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if not name or not value:
+            raise ValueError(f"a setting is NAME=VALUE, as seed=1; got {setting!r}")
+        arguments = [f"--{name.replace('_', '-')}", *value.split(",")]
+        quiet = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                changed = tyro.cli(type(changed), default=changed, args=arguments, config=(tyro.conf.FlagConversionOff,))
+        except SystemExit as error:
+            known, why = ", ".join(field.name for field in fields(changed)), error.__context__
+            reason = f"its settings are {known}" if why is None else getattr(why, "message", str(why))
+            raise ValueError(f"the protocol {protocol.name!r} cannot be set to {setting!r}: {reason}") from error
+    return changed
 
 
 def evaluate(
