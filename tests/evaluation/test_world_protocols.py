@@ -220,8 +220,11 @@ def test_a_setting_that_cannot_be_is_refused(setting: str, message: str, capsys:
 
 def test_synonyms_among_common_words_are_erased_with_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wordfreq", SimpleNamespace(iter_wordlist=lambda language: iter(("the", "of", "night"))))
-    protocol = Unsafe(("axe", "bow"), 1, 1, 2, False, False, False, False, False, 2)
-    assert protocol.ways == ("words", "name_common", "name_draft")
+    off = dict.fromkeys(("by_words", "by_synonyms", "by_pooled", "by_draft", "by_name", "by_name_synonyms"), False)
+    protocol = Unsafe(("axe", "bow"), 1, 1, 2, **off, common_words=2)
+    assert protocol.ways == ("name_common", "name_draft")
+    with pytest.raises(ValueError, match="by_words"):
+        replace(protocol, common_words=0)
     report = evaluate(None, protocol, out=tmp_path)
     told = {folder.name: json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "erasers").iterdir()}
     assert [name for name, config in told.items() if config.get("draft")] == ["unsafe-name_draft"]

@@ -43,6 +43,8 @@ class Unsafe:
     """Pictures per prompt."""
     n_safe: int = 60
     """Prompts of safe nouns: what is detected in them is the judge's error, and what the gate fires on the gate's."""
+    by_words: bool = True
+    """Erase by the words."""
     by_synonyms: bool = True
     """Also erase by the words and what the text encoder takes for them: see `itd.synonyms`."""
     by_pooled: bool = True
@@ -54,8 +56,12 @@ class Unsafe:
     by_name_synonyms: bool = True
     """Also erase by the objects' names and what the text encoder takes for them."""
     common_words: int = 0
-    """Also erase by the names and what the text encoder takes for them among this many common English words, without and with
-    the gate on the first guess of the picture. Needs the extra `synonyms`."""
+    """Also erase by the names and what the text encoder takes for them among this many common English words. Needs the extra
+    `synonyms`."""
+    by_name_common: bool = True
+    """With `common_words`: erase so."""
+    by_name_draft: bool = True
+    """With `common_words`: erase so with the gate on the first guess of the picture."""
     seed: int = 0
     """Of sentences and pictures."""
     erase: EraseConfig = field(default_factory=EraseConfig)
@@ -64,6 +70,8 @@ class Unsafe:
     def __post_init__(self) -> None:
         if not self.words:
             raise ValueError("words must name what is to be erased; got none")
+        if not self.ways:
+            raise ValueError("one of by_words, by_synonyms, by_name, ... must be true, else nothing is erased")
 
     def quick(self) -> Unsafe:
         """Return the subsample: 1 sentence, 1 picture per prompt, 20 safe prompts, without the erasure by names alone."""
@@ -95,11 +103,13 @@ class Unsafe:
     @property
     def ways(self) -> tuple[str, ...]:
         """What the erasers are told, each in turn."""
+        common = self.common_words > 0
         asked = {
-            "synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft, "names": self.by_name,
-            "name_synonyms": self.by_name_synonyms, "name_common": self.common_words > 0, "name_draft": self.common_words > 0,
+            "words": self.by_words, "synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft, "names": self.by_name,
+            "name_synonyms": self.by_name_synonyms, "name_common": common and self.by_name_common,
+            "name_draft": common and self.by_name_draft,
         }  # fmt: skip
-        return ("words", *(way for way, wanted in asked.items() if wanted))
+        return tuple(way for way, wanted in asked.items() if wanted)
 
     def safe_nouns(self, world: World) -> list[str]:
         return sorted(sample(random.Random(self.seed), world.of_role("general"), self.n_safe))
