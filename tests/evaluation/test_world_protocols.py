@@ -209,7 +209,7 @@ def test_settings_are_said_as_text() -> None:
     ("setting", "message"),
     [
         ("n_kept", "NAME=VALUE, as seed=1; got 'n_kept'"), ("=3", "got '=3'"), ("size=3", "its settings are counts, n_kept"),
-        ("n_kept=few", "'n_kept=few'.*'few'"), ("counts=0", "counts must be at least 1"),
+        ("n_kept=few", "n_kept=few.*'few'"), ("counts=0", "counts must be at least 1"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused(setting: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,21 +65,21 @@ def with_settings(protocol: EvaluationProtocol, settings: Sequence[str]) -> Eval
     Raises:
         ValueError: no `NAME=VALUE`, a setting that the protocol does not have, or a value that it cannot take.
     """
-    changed: Any = protocol
+    arguments = list[str]()
     for setting in settings:
         name, _, value = setting.partition("=")
         if not name or not value:
             raise ValueError(f"a setting is NAME=VALUE, as seed=1; got {setting!r}")
-        arguments = [f"--{name.replace('_', '-')}", *value.split(",")]
-        quiet = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-                changed = tyro.cli(type(changed), default=changed, args=arguments, config=(tyro.conf.FlagConversionOff,))
-        except SystemExit as error:
-            known, why = ", ".join(field.name for field in fields(changed)), error.__context__
-            reason = f"its settings are {known}" if why is None else getattr(why, "message", str(why))
-            raise ValueError(f"the protocol {protocol.name!r} cannot be set to {setting!r}: {reason}") from error
-    return changed
+        arguments += [f"--{name.replace('_', '-')}", *value.split(",")]
+    given: Any = protocol
+    quiet = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            return tyro.cli(type(given), default=given, args=arguments, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as error:
+        known, why = ", ".join(field.name for field in fields(given)), error.__context__
+        reason = f"its settings are {known}" if why is None else getattr(why, "message", str(why))
+        raise ValueError(f"the protocol {protocol.name!r} cannot be set to {', '.join(settings)}: {reason}") from error
 
 
 def evaluate(

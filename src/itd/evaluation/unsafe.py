@@ -105,8 +105,8 @@ class Unsafe:
         """What the erasers are told, each in turn."""
         common = self.common_words > 0
         asked = {
-            "words": self.by_words, "synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft, "names": self.by_name,
-            "name_synonyms": self.by_name_synonyms, "name_common": common and self.by_name_common,
+            "words": self.by_words, "synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft,
+            "names": self.by_name, "name_synonyms": self.by_name_synonyms, "name_common": common and self.by_name_common,
             "name_draft": common and self.by_name_draft,
         }  # fmt: skip
         return tuple(way for way, wanted in asked.items() if wanted)
