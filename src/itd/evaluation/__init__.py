@@ -65,6 +65,8 @@ def with_settings(protocol: EvaluationProtocol, settings: Sequence[str]) -> Eval
     Raises:
         ValueError: no `NAME=VALUE`, a setting that the protocol does not have, or a value that it cannot take.
     """
+    if not settings:
+        return protocol
     arguments = list[str]()
     for setting in settings:
         name, _, value = setting.partition("=")
