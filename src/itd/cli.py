@@ -364,7 +364,7 @@ class Evaluate(OnModel):
     seed: int = 0
     """Of concepts, prompts and pictures."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
-    """Other settings of the protocol, as `n_kept=25 counts=1,5 erase.n_features=64`; docs/evaluation.md names them."""
+    """Other settings of the protocol, as `n_kept=25 counts=1,5 erase.n_features=64`; an unknown name lists them."""
     preset: Literal["default", "paper"] = "default"
     """How erasers are made in the embedded world: `default` is as the protocol says, `paper` follows the publication."""
     eraser: Erasers = ()

@@ -138,8 +138,8 @@ class Unsafe:
         """Make the eraser of the words or of the objects' names, with synonyms and a second gate, without the safe nouns."""
         sets = leak_free_sets(unsafe, safe)
         if by != "names":
-            by_name = by.startswith("name_")
-            told, common = (unsafe, self.common_words if by != "name_synonyms" else 0) if by_name else (self.words, 0)
+            told = unsafe if by.startswith("name_") else self.words
+            common = self.common_words if by in ("name_common", "name_draft") else 0
             words = [*told, *(self.synonyms(world, told, common) if by != "words" else ())]
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
