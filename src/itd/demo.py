@@ -270,11 +270,12 @@ def draw(pipe: Any, judge: Judge, subject: Subject, eraser: Eraser, config: Demo
 
 
 def see(judge: Judge, images: Float[Tensor, "n 3 64 64"], cases: Sequence[Case]) -> list[tuple[str, str]]:
-    """Return what the judge sees; of a scene, in its left half, where the erased noun stands."""
+    """Return what the judge sees: the noun that was asked for if it is shown; of a scene, in the left half, where it stands."""
     views = torch.stack(
         [split_scene(image[None])[0][0] if case.kind == "scene" else image for image, case in zip(images, cases, strict=True)]
     )
-    return list(zip(*judge.name(views), strict=True))
+    named = zip(*judge.name(views), judge.shown(views), cases, strict=True)
+    return [(case.noun if case.noun in nouns and case.kind != "scene" else said, design) for said, design, nouns, case in named]
 
 
 def share(flags: Sequence[bool]) -> float:

@@ -416,6 +416,9 @@ class TwoNouns:
         bright = (images.mean((1, 2, 3)) > 0).tolist()
         return ["cat" if b else "dog" for b in bright], ["round" if b else "flat" for b in bright]
 
+    def shown(self, images: torch.Tensor) -> list[frozenset[str]]:
+        return [frozenset({noun}) for noun in self.name(images)[0]]
+
 
 def test_the_judge_is_asked_for_noun_or_design() -> None:
     images = torch.stack([torch.full((3, 4, 4), 0.9), torch.full((3, 4, 4), 0.1)])

@@ -9,7 +9,7 @@ from torch import nn
 
 from itd.emoji.data import Noun, World, find_implicit, slug
 from itd.emoji.images import paste, side_by_side, split_scene
-from itd.emoji.judge import Judge, degrade, warp
+from itd.emoji.judge import Judge, Verdict, degrade, warp
 from itd.emoji.stages import StageConfig, run_stage
 
 
@@ -79,6 +79,13 @@ def test_the_judge_survives_its_folder(tmp_path):
     with torch.no_grad():
         assert torch.allclose(judge(images).noun, loaded(images).noun, atol=2e-2)
     assert loaded.nouns == ["cat", "dog"]
+
+
+def test_the_judge_counts_a_half_where_it_is_surer_of_it_than_of_the_whole(monkeypatch):
+    judge = Judge(["cat", "dog", "owl"], ["noto"])
+    said = iter([[[2.0, 0, 0]] * 3, [[3.0, 0, 0], [0, 1, 0], [0, 3, 0]], [[0, 3.0, 0], [0, 0, 1], [0, 0, 3]]])
+    monkeypatch.setattr(judge, "forward", lambda views: Verdict(torch.tensor(next(said)), torch.empty(0), torch.empty(0)))
+    assert judge.shown(torch.zeros(3, 3, 64, 64)) == [{"cat", "dog"}, {"cat"}, {"cat", "dog", "owl"}]
 
 
 def test_tags_that_several_nouns_share_are_not_implicit():

@@ -65,6 +65,15 @@ def test_pictures_show_the_noun_that_was_asked_for(pipe):
     assert sum(a == b for a, b in zip(other, names, strict=True)) <= 2
 
 
+def test_the_judge_sees_both_nouns_of_most_scenes(pipe):
+    pairs = [("cat", "pizza"), ("rose", "bus"), ("owl", "banana"), ("fox", "umbrella"), ("bread", "horse"), ("crab", "key")]
+    images = generate(pipe, [f"{with_article(a)} and {with_article(b)}" for a, b in pairs], range(6))
+    seen = sum(name in nouns for pair, nouns in zip(pairs, emoji.load_judge().shown(images), strict=True) for name in pair)
+    whole = sum(name in pair for pair, name in zip(pairs, emoji.load_judge().name(images)[0], strict=True))
+    assert seen >= 8
+    assert seen > whole
+
+
 def test_the_autoencoder_fits_the_text_encoder(pipe):
     sae = emoji.load_sae()
     assert sae.hook_point == emoji.HOOK_POINT

@@ -23,7 +23,7 @@ from itd.evaluation.many import Many
 from itd.evaluation.minilm import MiniLM
 from itd.evaluation.styles import Styles, style_sets
 from itd.evaluation.unsafe import Unsafe, silent_tags
-from itd.evaluation.world import CHUNK, Case, Drawn, World, leak_free_sets, leaky_sets, margin_of, require_no_leak
+from itd.evaluation.world import CHUNK, Case, Drawn, Sight, World, leak_free_sets, leaky_sets, margin_of, require_no_leak
 from itd.metrics.intervals import Rate
 from itd.prompts import PromptSet
 from itd.templates import TEMPLATES
@@ -31,9 +31,9 @@ from itd.templates import TEMPLATES
 pytestmark = pytest.mark.usefixtures("tiny_world")
 
 SMALL: dict[str, Any] = {
-    "identities": Identities((2,), 2, 2, 1), "styles": Styles(False, 2, ("twemoji",)),
+    "identities": Identities((2,), 2, 2, 1, drawn_only=False), "styles": Styles(False, 2, ("twemoji",)),
     "unsafe": Unsafe(("axe", "bow"), 1, 1, 4),
-    "general": General(12, 2), "many": Many((1, 2), 2, 2, 1, 1, 4), "gate": GateAlone(2, 2, (1, 2)),
+    "general": General(12, 2), "many": Many((1, 2), 2, 2, 1, 1, 4, drawn_only=False), "gate": GateAlone(2, 2, (1, 2)),
 }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_a_margin_says_what_the_gate_said_whatever_rounding_says() -> None:
 
 
 def test_the_leaky_numbers_stand_beside_the_leak_free_ones(tmp_path: Path) -> None:
-    metrics = evaluate(None, Identities((2,), 1, 1, 1), out=tmp_path).metrics
+    metrics = evaluate(None, Identities((2,), 1, 1, 1, drawn_only=False), out=tmp_path).metrics
     keys = {leak: {k.split(".")[-1] for k in metrics if k.startswith(f"erase2.{leak}.")} for leak in ("leak_free", "leaky")}
     assert keys["leak_free"] == keys["leaky"]
     assert {"acc_erased", "acc_kept", "harmonic_mean", "no_object_erased", "bit_identical_kept"} <= keys["leaky"]
@@ -148,6 +148,26 @@ def test_implicit_prompts_say_neither_the_name_nor_what_the_eraser_was_told(tmp_
 
     noun = Noun("kitchen knife", ("cooking", "knife", "hocho", "weaponry"), "tool", "unsafe")
     assert silent_tags(noun, ("weapon",)) == ["cooking", "hocho"]
+
+
+def test_a_noun_is_measured_in_the_sentences_that_the_unerased_pipeline_draws_it_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, templates = World(tmp_path, "test", {}), ["a {}", "my {}", "the {} outside"]
+    drawn = {"a cat", "the cat outside", "my dog"}
+    monkeypatch.setattr(Sight, "right", lambda _, cases: [case.prompt in drawn for case in cases])
+    assert world.sentences(["cat", "dog"], templates, True) == {"cat": ["a {}", "the {} outside"], "dog": ["my {}"]}
+    assert world.sentences(["cat"], templates, False) == {"cat": templates}
+    drawn.clear()
+    with pytest.raises(ValueError, match="drawn_only=False"):
+        world.sentences(["cat"], templates, True)
+
+
+def test_a_noun_in_a_half_of_a_scene_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, "test", {})
+    monkeypatch.setattr(type(world.judge), "shown", lambda _, images: [frozenset({"cat", "dog"}) for _ in images])
+    cases = [Case("a cat and a dog", 1, noun) for noun in ("cat", "dog", "tree")]
+    assert world.see(world.draw("unerased", cases)).right(cases) == [True, True, False]
 
 
 def test_the_kept_concepts_are_the_same_at_every_count(tmp_path: Path) -> None:

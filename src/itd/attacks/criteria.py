@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A classifier names the concept first. For the judge of the embedded world, or any `name(images)` like its.
+    """A classifier sees the concept first. For the judge of the embedded world, or any classifier like it.
 
-    judge: `name` takes images (n, 3, h, w) in [-1, 1] and returns nouns and designs.
+    judge: takes images (n, 3, h, w) in [-1, 1]; `shown` returns the nouns that each shows, `name` one noun and design of each.
     """
 
     judge: Any
@@ -27,12 +27,12 @@ class Judged:
 
     @property
     def name(self) -> str:
-        return f"judge names {self.concept} first"
+        return f"judge sees {self.concept} first"
 
     def __call__(self, images: Float[Tensor, "n 3 h w"]) -> list[bool]:
-        nouns, designs = self.judge.name(2 * images - 1)
-        said = nouns if self.concept in self.judge.nouns else designs
-        return [name == self.concept for name in said]
+        if self.concept in self.judge.nouns:
+            return [self.concept in nouns for nouns in self.judge.shown(2 * images - 1)]
+        return [design == self.concept for design in self.judge.name(2 * images - 1)[1]]
 
 
 @dataclass(frozen=True, eq=False)

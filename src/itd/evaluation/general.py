@@ -133,7 +133,7 @@ def comparisons(world: World, before: Drawn, after: Drawn) -> dict[str, Rate | f
     """Return what happened to the pictures one by one."""
     same, fired = before.same_as(after), list(after.fired)
     seen = world.see(before), world.see(after)
-    right = [[said == case.noun for said, case in zip(sight.nouns, before.cases, strict=True)] for sight in seen]
+    right = [sight.right(before.cases) for sight in seen]
     scores = world.clip_scores(before), world.clip_scores(after)
     gap = world.perceptual(before, after)
     changed = torch.tensor([not flag for flag in same])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -54,6 +54,8 @@ class Identities:
     """Pictures per concept and template, without leaks."""
     leaky_seeds: int = 1
     """Pictures per concept and template of the leaky protocol; 0 leaves it out."""
+    drawn_only: bool = True
+    """Measure a concept in the sentences in which the unerased pipeline draws it, by a picture of another seed."""
     seed: int = 0
     """Of the choice of concepts and templates, and of the pictures."""
     erase: EraseConfig = field(default_factory=EraseConfig)
@@ -61,7 +63,7 @@ class Identities:
 
     def quick(self) -> Identities:
         """Return the subsample: 10 and 10, 2 templates, 1 seed."""
-        return Identities((10,), 2, 1, 1, self.seed, self.erase)
+        return replace(self, sizes=(10,), n_templates=2, n_seeds=1, leaky_seeds=1)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world, on its own erasers or on the one given."""
@@ -70,7 +72,10 @@ class Identities:
         for size in self.sizes:
             erased, kept = choose(world, size, self.seed)
             templates = templates_free_of(name for other in self.sizes for name in choose(world, other, self.seed)[0])
-            cases = {name: self.cases_of(name, self.n_seeds, templates) for name in (*erased, *kept)}
+            sentences = world.sentences((*erased, *kept), templates, self.drawn_only)
+            drawn = rate(template in sentences[name] for name in sentences for template in templates)
+            measures.add_all(f"erase{size}", {"sentences_drawn": drawn})
+            cases = {name: self.cases_of(name, self.n_seeds, found) for name, found in sentences.items()}
             for leak in LEAKS if self.leaky_seeds and eraser is None else LEAKS[:1]:
                 n_seeds = self.n_seeds if leak == "leak_free" else self.leaky_seeds
                 part = {name: [case for case in rows if case.seed % 100 < n_seeds] for name, rows in cases.items()}
@@ -168,7 +173,7 @@ def accuracies(
     seen: tuple[Sight, Sight], before: Drawn, after: Drawn, gone: Sequence[int], stay: Sequence[int]
 ) -> dict[str, Rate | float]:
     """Return accuracy on erased and kept before and after, their harmonic mean, no-object rates, and what the gate did."""
-    named = [[said == case.noun for said, case in zip(sight.nouns, before.cases, strict=True)] for sight in seen]
+    named = [sight.right(before.cases) for sight in seen]
     limit = unsure_below(seen[0], before.cases)
     empty = [
         [c < limit and not right for c, right in zip(sight.confidence.tolist(), flags, strict=True)]
@@ -203,10 +208,10 @@ def distance_damage(
     world: World, seen: tuple[Sight, Sight], before: Drawn, after: Drawn, erased: Sequence[str], kept: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return, for the kept concepts in five bins by distance to the nearest erased one: accuracies and false positives."""
-    distances, rows = world.distances(kept, erased), []
+    distances, right, rows = world.distances(kept, erased), [sight.right(before.cases) for sight in seen], []
     for number, names in enumerate(rank_bins(distances), 1):
         here = before.rows(names)
-        named = [[s.nouns[i] == before.cases[i].noun for i in here] for s in seen]
+        named = [[flags[i] for i in here] for flags in right]
         rows.append({
             "fifth": number, "distance": sum(distances[name] for name in names) / len(names), "concepts": len(names),
             "nearest": ", ".join(names[:3]), "unerased": rate(named[0]), "erased": rate(named[1]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,6 +47,8 @@ class Many:
     """Pictures per sentence."""
     n_checked: int = 200
     """Prompts over which the time of the gate is taken."""
+    drawn_only: bool = True
+    """Draw a concept in the sentences in which the unerased pipeline draws it, by a picture of another seed."""
     seed: int = 0
     """Of concepts, sentences and pictures."""
     erase: EraseConfig = field(default_factory=EraseConfig)
@@ -58,7 +60,7 @@ class Many:
 
     def quick(self) -> Many:
         """Return the subsample: 1, 10 and 50 concepts; 10 of them and 10 kept are drawn, in 2 sentences."""
-        return Many((1, 10, 50), 10, 10, 2, 1, 50, self.seed, self.erase)
+        return replace(self, counts=(1, 10, 50), n_kept=10, n_drawn=10, n_templates=2, n_seeds=1, n_checked=50)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world.
@@ -75,7 +77,8 @@ class Many:
         for count in self.counts:
             names, drawn = erased[:count], sample(random.Random(self.seed), erased[:count], self.n_drawn)
             made = world.eraser(f"{self.name} {count}", sets_of(world, names, kept), self.erase)
-            cases = {name: self.cases_of(name, templates) for name in (*drawn, *kept)}
+            sentences = world.sentences((*drawn, *kept), templates, self.drawn_only)
+            cases = {name: self.cases_of(name, found) for name, found in sentences.items()}
             result = measure(world, made, f"{self.name} {count}", drawn, kept, cases)
             found = result.measures | self.gate(world, made, count, names, kept, templates) | {"eraser_kb": made.n_bytes / 1024}
             measures.add_all(f"n{count}", found)

@@ -19,7 +19,8 @@ def pair_figures(world: World, before: Drawn, after: Drawn, eraser: Eraser, rows
     figures = []
     for check, i in zip(checks, rows, strict=True):
         pixels = [side.pixels[i].permute(1, 2, 0).numpy() for side in (before, after)]
-        said = [(sight.nouns[i], sight.designs[i]) for sight in seen]
+        noun = before.cases[i].noun
+        said = [(noun if noun in sight.shown[i] else sight.nouns[i], sight.designs[i]) for sight in seen]
         figures.append(report.before_after(pixels[0], pixels[1], check, (said[0], said[1]), same[i]))
     return tuple(figures)
 

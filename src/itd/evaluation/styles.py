@@ -168,7 +168,7 @@ def style_measures(seen: tuple[Sight, Sight], before: Drawn, after: Drawn, erase
         return rate(seen[view].designs[i] == cases[i].design for i in rows)
 
     def noun(view: int, rows: Sequence[int]) -> Rate:
-        return rate(seen[view].nouns[i] == cases[i].noun for i in rows)
+        return rate(cases[i].noun in seen[view].shown[i] for i in rows)
 
     gone, stay = parts["erased"], parts["kept"]
     # Of one design the chance is how often it is seen in pictures of others; of several, the mean of theirs.

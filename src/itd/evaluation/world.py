@@ -24,7 +24,7 @@ from itd.erasing import EraseConfig, erase
 from itd.evaluation.ledger import Ledger
 from itd.gate import Decision
 from itd.metrics.alignment import clip_score, perceptual_distance
-from itd.prompts import PromptSet, Split, check_leaks
+from itd.prompts import PromptSet, Split, check_leaks, fill
 from itd.sae import SAE
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ Leak = Literal["leak_free", "leaky"]
 LEAKS: tuple[Leak, ...] = ("leak_free", "leaky")
 NEVER = -1e9
 """Stands for the score of a prompt without words, minus infinity, which JSON does not have."""
+SELECTION_SEED = 9_999
+"""Of the pictures that tell which sentences the pipeline follows; none that is measured has it."""
 UNSURE_QUANTILE = 0.05
 """A picture shows no object where the judge is less sure than in this share of the unerased pictures that it names right."""
 
@@ -76,12 +78,18 @@ class Drawn:
 
 
 class Sight(NamedTuple):
-    """What the judge sees in pictures: noun, design, and how sure it is of the noun."""
+    """What the judge sees in pictures. `nouns`, `designs`, `confidence` of the noun: of the whole picture. `shown`: the nouns
+    that are named there or in a half of a scene (`Judge.shown`)."""
 
     nouns: list[str]
     designs: list[str]
     confidence: Float[Tensor, " n"]
     features: Float[Tensor, "n d"]
+    shown: list[frozenset[str]]
+
+    def right(self, cases: Sequence[Case]) -> list[bool]:
+        """Tell, per picture, whether it shows the noun that was asked for."""
+        return [case.noun in nouns for nouns, case in zip(self.shown, cases, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,26 @@ class World:
 
     # Pictures
 
+    def sentences(self, names: Sequence[str], templates: Sequence[str], drawn_only: bool) -> dict[str, list[str]]:
+        """Return the sentences to measure every noun in: all, or those in which the unerased pipeline draws it.
+
+        One picture each tells, of another seed than what is measured. So MACE takes celebrities that its detector knows in
+        unerased pictures: what was not drawn before says nothing about an eraser.
+
+        Raises:
+            ValueError: no noun is drawn in any sentence.
+        """
+        if not drawn_only:
+            return {name: list(templates) for name in names}
+        found = dict[str, list[str]]()
+        for name in tqdm(names, desc="draw sentences", unit="noun", leave=False):
+            cases = [Case(fill(template, name), SELECTION_SEED, name) for template in templates]
+            right = self.see(self.draw("unerased", cases)).right(cases)
+            found[name] = [template for template, flag in zip(templates, right, strict=True) if flag]
+        if not any(found.values()):
+            raise ValueError("the pipeline draws none of the nouns in any test sentence; drawn_only=False measures all the same")
+        return found
+
     def draw(self, arm: str, cases: Sequence[Case], eraser: Eraser | None = None) -> Drawn:
         """Draw cases, chunk by chunk, each kept on disk; with an eraser, attached to the pipeline."""
         listed = list(cases)
@@ -235,7 +263,8 @@ class World:
         confidence = nouns.softmax(1).amax(1)
         named = [self.judge.nouns[i] for i in nouns.argmax(1).tolist()]
         styled = [self.judge.designs[i] for i in designs.argmax(1).tolist()]
-        return Sight(named, styled, confidence, torch.cat([verdict.features for verdict in verdicts]))
+        features = torch.cat([verdict.features for verdict in verdicts])
+        return Sight(named, styled, confidence, features, self.judge.shown(drawn.images))
 
     @torch.no_grad()
     def clip_features(self, drawn: Drawn) -> Float[Tensor, "n d"]:
