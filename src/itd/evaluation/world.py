@@ -219,7 +219,7 @@ class World:
             right = self.see(self.draw("unerased", cases)).right(cases)
             found[name] = [template for template, flag in zip(templates, right, strict=True) if flag]
         if not any(found.values()):
-            raise ValueError("the pipeline draws none of the nouns in any test sentence; drawn_only=False measures all the same")
+            raise ValueError("the pipeline draws none of the nouns in any test sentence; drawn_only=False measures all")
         return found
 
     def draw(self, arm: str, cases: Sequence[Case], eraser: Eraser | None = None) -> Drawn:
