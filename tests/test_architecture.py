@@ -12,7 +12,7 @@ ORDER = (
     "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "vocabulary", "synonyms", "activations",
     "screening", "selection", "kernels", "sae", "moments",
     "memory", "training", "features", "early_exit", "gate",
-    "discriminants", "pooled", "drafts", "explain", "attachment", "eraser", "retained", "erasing",
+    "discriminants", "pooled", "drafts", "pictures", "explain", "attachment", "eraser", "retained", "erasing",
     "emoji",
 )  # fmt: skip
 """The library. What is not named here uses it and stands to its right."""

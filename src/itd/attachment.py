@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itd import pipelines
 from itd.cache import ByteCache
 from itd.drafts import DraftGate, draft_states
 from itd.gate import Decision, Meaning
-from itd.hooks import Handle, before_forward, edit_output, edit_result
+from itd.hooks import Handle, before_forward, edit_decoded, edit_output, edit_result
+from itd.pictures import BLACK, picture_features
 from itd.pooled import encode_instead, put_instead
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class Attachment(Handle):
 
     `decisions`: what the gate said of the prompts of the last call; of a long prompt that the pipeline encodes in parts, of
     each part. `n_prompts`, `n_fired`: counts of these since attaching.
+
+    With a picture gate, the decision on a prompt has what the gate said of its pictures once they are decoded. `n_pictures`,
+    `n_hidden`: counts of pictures that it looked at and that came out black.
     """
 
     def __init__(self, eraser: Eraser, pipe: Any, ungated: Sequence[str] = ()) -> None:
@@ -87,6 +91,7 @@ class Attachment(Handle):
         self.worker = eraser if eraser.sae.W_enc.device == device else eraser.to(device)
         self.decisions: list[Decision] = []
         self.n_prompts = self.n_fired = 0
+        self.n_pictures = self.n_hidden = 0
         self.input_ids: Int[Tensor, "batch tokens"] | None = None
         self.marks: list[bool] = []
         """Which rows of the encoder's call the gate looked at."""
@@ -182,6 +187,22 @@ class Attachment(Handle):
         found = torch.tensor([bool(meaning.concepts) for meaning in meanings for _ in range(repeats)], device=states.device)
         return torch.where(found[:, None, None], anchor_of(gate.anchor), states) if found.any() else states
 
+    def look(self, latents: Float[Tensor, "n c h w"]) -> Bool[Tensor, " n"]:
+        """Tell which finished pictures show a concept. latents: as the image model has them."""
+        gate = self.eraser.picture
+        if gate is None:
+            return torch.zeros(len(latents), dtype=torch.bool)
+        with self.enforcer.substitution():
+            meanings = gate.decide(picture_features(self.pipe, latents))
+        hidden = torch.tensor([bool(meaning.concepts) for meaning in meanings])
+        self.n_pictures += len(meanings)
+        self.n_hidden += int(hidden.sum())
+        if self.decisions and len(meanings) % len(self.decisions) == 0:
+            repeats = len(meanings) // len(self.decisions)
+            for i, meaning in enumerate(meanings):
+                self.decisions[i // repeats] = self.decisions[i // repeats].with_meaning(meaning)
+        return hidden
+
     def begin_call(self, arguments: dict[str, Any], has_prompt: bool, ordered: bool) -> None:
         """Expect the prompts of a call of `encode_prompt`."""
         name = self.eraser.hook_point.encoder
@@ -220,6 +241,8 @@ class Enforcer:
         self.issued: ByteCache[bool] = ByteCache(ISSUED_ROWS)
         """Digests of the embeddings that `encode_prompt` returned last, with whether they may come back as positive ones."""
         self.admitted: dict[str, tuple[Tensor, int | None]] = {}
+        self.watched: tuple[Any, Handle] | None = None
+        """The decoder whose pictures are looked at, where an eraser has a gate for them."""
         self.encode_prompt: Callable[..., Any] = pipe.encode_prompt
         self.replaced = vars(pipe).get("encode_prompt")
         """The pipeline's own attribute, where it had one that hid the method of its class."""
@@ -236,15 +259,21 @@ class Enforcer:
         """Enforce one more eraser; embeddings that were encoded without it are not accepted any more.
 
         Raises:
-            ValueError: a draft gate of another image model, or for a pipeline that it cannot be enforced on.
+            ValueError: a draft or picture gate of another image model, or for a pipeline that it cannot be enforced on.
         """
-        if attachment.eraser.draft is not None:
-            try:
-                self.require_drafts(attachment.eraser.draft)
-            except ValueError:
-                self.release_unused()
-                raise
+        draft, picture = attachment.eraser.draft, attachment.eraser.picture
+        try:
+            if draft is not None:
+                self.require_drafts(draft)
+            if picture is not None:
+                with self.substitution():
+                    picture.require_image_model(self.pipe)
+        except ValueError:
+            self.release_unused()
+            raise
         self.attachments.append(attachment)
+        if picture is not None and self.watched is None:
+            self.watched = self.pipe.vae, edit_decoded(self.pipe.vae, self.hide)
         self.issued.clear()
         self.admitted.clear()
 
@@ -262,7 +291,10 @@ class Enforcer:
             gate.require_image_model(self.pipe)
 
     def release_unused(self) -> None:
-        """Leave the pipeline as it was if no eraser is attached."""
+        """Leave the pipeline as it was if no eraser is attached, and its decoder if none has a picture gate."""
+        if self.watched and not any(attachment.eraser.picture for attachment in self.attachments):
+            self.watched[1].remove()
+            self.watched = None
         if not self.attachments:
             self.guard.remove()
             del self.pipe.encode_prompt
@@ -270,13 +302,25 @@ class Enforcer:
                 self.pipe.encode_prompt = self.replaced
             delattr(self.pipe, ENFORCER)
 
+    @torch.no_grad()
+    def hide(self, given: Float[Tensor, "n c h w"], images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"] | None:
+        """Black out the pictures in which a picture gate sees a concept; None leaves all, bit for bit.
+
+        given: latents as the decoder gets them.
+        """
+        latents = (given * self.pipe.vae.config.scaling_factor).to(next(self.pipe.unet.parameters()))
+        hidden = torch.stack([attachment.look(latents) for attachment in self.attachments]).any(0).to(images.device)
+        return images.masked_fill(hidden[:, None, None, None], BLACK) if hidden.any() else None
+
     def encode_gated(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline's `encode_prompt` with the gate armed for the positive prompts.
 
         Raises:
             ValueError: embeddings were passed by hand.
-            RuntimeError: the gate did not run on the prompts, a text encoder has no gate, or one was replaced.
+            RuntimeError: the gate did not run on the prompts, a text encoder has no gate, or one was replaced, or the decoder.
         """
+        if self.watched and self.watched[0] is not self.pipe.vae:
+            raise RuntimeError("the vae was replaced after the eraser was attached; remove and attach it again")
         arguments = self.signature.bind(*args, **kwargs).arguments
         by_hand = [name for name in EMBEDDINGS if arguments.get(name) is not None]
         for name in by_hand:

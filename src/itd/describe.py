@@ -25,6 +25,7 @@ N_STRONGEST = 5
 MORE_GATES = {
     "pooled": ("second gate", "on the pooled embedding"),
     "draft": ("draft gate", "on the first guess of the picture"),
+    "picture": ("picture gate", "on the finished picture"),
 }
 
 

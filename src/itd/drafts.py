@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,50 @@ CONDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type",
 
 
 @dataclass(frozen=True, eq=False)
-class DraftGate(Discriminants):
+class ImageModelGate(Discriminants):
+    """Decides on the direction in which a vector that the image model gives differs from `origin`; the length is left out."""
+
+    origin: Float[Tensor, " d"] | None = field(default=None, kw_only=True)
+    """The vector of nothing, by the image model that the gate was made for; None: zero, and any image model."""
+
+    @staticmethod
+    def origin_of(pipe: Any) -> Float[Tensor, " d"]:
+        """Return the pipeline's vector of nothing, which identifies its image model."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit_towards(cls, own: Own, others: Others, origin: Float[Tensor, " d"], fpr: float, anchor: str) -> Self:
+        """Fit and calibrate on vectors from the origin; see `fit`."""
+        directed = {name: (towards(fit, origin), towards(held_out, origin)) for name, (fit, held_out) in own.items()}
+        gate = cls.fit(directed, (towards(others[0], origin), towards(others[1], origin)), fpr, anchor)
+        return replace(gate, origin=origin)
+
+    def scores(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n concepts"]:
+        """Score vectors by their direction from the origin."""
+        return super().scores(towards(vectors, self.origin))
+
+    def require_joinable(self, other: Discriminants) -> None:
+        """Raise ValueError unless the other gate replaces prompts by the same anchor, and is for the same image model."""
+        super().require_joinable(other)
+        theirs = getattr(other, "origin", None)
+        if self.origin is not None and theirs is not None and not same_origin(self.origin, theirs):
+            raise ValueError(f"{self.kind} gates join only for the same image model; make both erasers on one pipeline")
+
+    def require_image_model(self, pipe: Any) -> Float[Tensor, " d"]:
+        """Return the pipeline's own vector of nothing.
+
+        Raises:
+            ValueError: the pipeline's image model cannot be asked, or is not that of the gate.
+        """
+        require_drafts(pipe, self.kind)
+        found = self.origin_of(pipe)
+        if self.origin is not None and not same_origin(found, self.origin):
+            raise ValueError(f"the {self.kind} gate was made for another image model; make the eraser again on this pipeline")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class DraftGate(ImageModelGate):
     """Decides on the direction in which a prompt's draft differs from that of the empty prompt.
 
     Guidance draws what the prompt adds to the empty one, also where that is little, so the size of the difference is left out.
@@ -49,38 +92,10 @@ class DraftGate(Discriminants):
     own_quantile: ClassVar[float] = 0.5
     part_way: ClassVar[float] = 0.25
 
-    origin: Float[Tensor, " d"] | None = field(default=None, kw_only=True)
-    """Draft of the empty prompt by the image model that the gate was made for; None: zero, and any image model."""
-
-    @classmethod
-    def fit_drafts(cls, own: Own, others: Others, origin: Float[Tensor, " d"], fpr: float, anchor: str) -> DraftGate:
-        """Fit and calibrate on drafts; see `fit`."""
-        directed = {name: (towards(fit, origin), towards(held_out, origin)) for name, (fit, held_out) in own.items()}
-        gate = cls.fit(directed, (towards(others[0], origin), towards(others[1], origin)), fpr, anchor)
-        return replace(gate, origin=origin)
-
-    def scores(self, vectors: Float[Tensor, "prompts d"]) -> Float[Tensor, "prompts concepts"]:
-        """Score prompts by their drafts."""
-        return super().scores(towards(vectors, self.origin))
-
-    def require_joinable(self, other: Discriminants) -> None:
-        """Raise ValueError unless the other gate replaces prompts by the same anchor, and is for the same image model."""
-        super().require_joinable(other)
-        theirs = getattr(other, "origin", None)
-        if self.origin is not None and theirs is not None and not same_draft(self.origin, theirs):
-            raise ValueError("draft gates join only for the same image model; make both erasers on one pipeline")
-
-    def require_image_model(self, pipe: Any) -> Float[Tensor, " d"]:
-        """Return the pipeline's draft of the empty prompt, which identifies its image model.
-
-        Raises:
-            ValueError: the pipeline cannot be drafted with, or its image model is not that of the gate.
-        """
-        require_drafts(pipe)
-        found = drafts_of(pipe, [""])[0]
-        if self.origin is not None and not same_draft(found, self.origin):
-            raise ValueError("the draft gate was made for another image model; make the eraser again on this pipeline")
-        return found
+    @staticmethod
+    def origin_of(pipe: Any) -> Float[Tensor, " d"]:
+        """Return the draft of the empty prompt."""
+        return drafts_of(pipe, [""])[0]
 
 
 def towards(drafts: Float[Tensor, "prompts d"], origin: Float[Tensor, " d"] | None) -> Float[Tensor, "prompts d"]:
@@ -90,23 +105,24 @@ def towards(drafts: Float[Tensor, "prompts d"], origin: Float[Tensor, " d"] | No
     return F.normalize(drafts - origin.to(drafts), dim=1)
 
 
-def same_draft(a: Float[Tensor, " d"], b: Float[Tensor, " d"]) -> bool:
-    """Tell whether two drafts of one prompt are by the same image model, in whatever precision."""
+def same_origin(a: Float[Tensor, " d"], b: Float[Tensor, " d"]) -> bool:
+    """Tell whether two vectors of nothing are by the same image model, in whatever precision."""
     return a.shape == b.shape and bool((a - b).norm() <= TOLERANCE * b.norm())
 
 
-def require_drafts(pipe: Any) -> None:
+def require_drafts(pipe: Any, gate: str = "draft") -> None:
     """Raise ValueError unless the pipeline's U-Net draws from the states of one text encoder and nothing else."""
-    kind, mend = type(pipe).__name__, "make the eraser without draft_gate"
+    kind, mend = type(pipe).__name__, f"make the eraser without {gate}_gate"
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, nn.Module) or pipelines.text_encoders(pipe) != [ENCODER]:
-        raise ValueError(f"a draft needs a U-Net and one text encoder, {kind} has others; {mend}")
+        raise ValueError(f"a {gate} gate needs a U-Net and one text encoder, {kind} has others; {mend}")
     config: Any = unet.config
     needs = [name for name in CONDITIONS if getattr(config, name, None) is not None]
     if needs or config.in_channels != pipe.vae.config.latent_channels:
-        raise ValueError(f"a draft needs a U-Net that takes latents and text only, that of {kind} takes more; {mend}")
+        raise ValueError(f"a {gate} gate needs a U-Net that takes latents and text only, that of {kind} takes more; {mend}")
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
-        raise ValueError(f"a draft needs a scheduler with alphas_cumprod, {type(pipe.scheduler).__name__} has none; {mend}")
+        scheduler = type(pipe.scheduler).__name__
+        raise ValueError(f"a {gate} gate needs a scheduler with alphas_cumprod, {scheduler} has none; {mend}")
 
 
 def draft(pipe: Any, states: Float[Tensor, "prompts tokens d_text"]) -> Float[Tensor, "prompts d"]:
@@ -121,7 +137,7 @@ def draft(pipe: Any, states: Float[Tensor, "prompts tokens d_text"]) -> Float[Te
     unet, config = pipe.unet, pipe.unet.config
     kind, last = pipe.scheduler.config.prediction_type, pipe.scheduler.config.num_train_timesteps - 1
     size = (config.sample_size, config.sample_size) if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    noise = torch.randn(1, config.in_channels, *size, generator=torch.Generator().manual_seed(NOISE_SEED)).to(states)
+    noise = fixed_noise((1, config.in_channels, *size)).to(states)
     said = unet(
         noise.expand(len(states), -1, -1, -1), torch.tensor(last, device=states.device), encoder_hidden_states=states
     ).sample
@@ -138,6 +154,11 @@ def draft(pipe: Any, states: Float[Tensor, "prompts tokens d_text"]) -> Float[Te
     return F.adaptive_avg_pool2d(guess.float(), (min(side, size[0]), min(side, size[1]))).flatten(1)
 
 
+def fixed_noise(shape: Sequence[int]) -> Tensor:
+    """Return noise that is always the same."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+
+
 @torch.no_grad()
 def draft_states(pipe: Any, states: Float[Tensor, "prompts tokens d_text"]) -> Float[Tensor, "prompts d"]:
     """Return the drafts of text states, without gradients, a batch at a time."""
@@ -147,12 +168,16 @@ def draft_states(pipe: Any, states: Float[Tensor, "prompts tokens d_text"]) -> F
 @torch.no_grad()
 def drafts_of(pipe: Any, prompts: Sequence[str]) -> Float[Tensor, "prompts d"]:
     """Return the drafts of prompts, fp32, on the CPU."""
-    encoder: Any = pipelines.encoder_of(pipe, ENCODER)
     found = []
     starts = range(0, len(prompts), BATCH)
     for start in tqdm(starts, desc="draft prompts", unit="batch", leave=False, disable=len(starts) < 12):
-        tokens = pipelines.tokenize(pipe, ENCODER, prompts[start : start + BATCH])
-        mask = None if tokens.attention_mask is None else tokens.attention_mask.to(encoder.device)
-        states = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
-        found.append(draft(pipe, states).cpu())
+        found.append(draft(pipe, states_of(pipe, prompts[start : start + BATCH])).cpu())
     return torch.cat(found)
+
+
+def states_of(pipe: Any, prompts: Sequence[str]) -> Float[Tensor, "prompts tokens d_text"]:
+    """Return the text states of prompts, as the image model gets them."""
+    encoder: Any = pipelines.encoder_of(pipe, ENCODER)
+    tokens = pipelines.tokenize(pipe, ENCODER, prompts)
+    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(encoder.device)
+    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]

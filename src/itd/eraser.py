@@ -14,12 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from itd.artifacts import CONFIG, read_config, read_tensors, reading, require_keys, save_artifact
+from itd.discriminants import Discriminants
 from itd.drafts import DraftGate
 from itd.early_exit import EarlyExit, Reached
 from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, Gate, keep_features
 from itd.hooks import HookPoint
 from itd.kernels import SparseCodes
+from itd.pictures import PictureGate
 from itd.pooled import PooledGate
 from itd.sae import SAE
 
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
     from itd.explain import Check, PromptMemory
 
 KIND = "eraser"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate, 4 the draft gate, 5 the window
-of a concept."""
+of a concept, 6 the picture gate."""
+MORE_GATES = ("pooled", "draft", "picture")
+"""Fields that hold a gate beside the one on features, or None."""
 EditMode = Literal["scale", "remove", "subtract", "replace"]
 EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace")
 ENCODER_TOLERANCE = 0.03
@@ -100,6 +104,14 @@ class Eraser:
     """A second gate, on the text encoder's pooled embedding."""
     draft: DraftGate | None = None
     """A gate on the image model's first guess of the picture."""
+    picture: PictureGate | None = None
+    """A gate on the finished picture."""
+
+    @property
+    def more_gates(self) -> dict[str, Discriminants]:
+        """The gates beside the one on features, by kind."""
+        found = {kind: getattr(self, kind) for kind in MORE_GATES}
+        return {kind: gate for kind, gate in found.items() if gate is not None}
 
     def __post_init__(self) -> None:
         if not self.concepts:
@@ -244,7 +256,7 @@ class Eraser:
                 raise ValueError(f"erasers join only with the same {what}: {getattr(self, what)} and {getattr(other, what)}")
         if self.fingerprint is not None and other.fingerprint is not None:
             self.require_encoder(other.fingerprint)
-        for kind in ("pooled", "draft"):
+        for kind in MORE_GATES:
             if (getattr(self, kind) is None) != (getattr(other, kind) is None):
                 raise ValueError(
                     f"an eraser with a {kind} gate joins only another with one; make both with {kind}_gate, or neither"
@@ -263,8 +275,7 @@ class Eraser:
             gate=self.gate | replace(other.gate, thresholds=tuple(threshold for _, threshold in fresh)),
             records=self.records + tuple(record for record in other.records if record not in self.records),
             often=other.often if self.often is None else self.often,
-            pooled=self.pooled | other.pooled if self.pooled is not None and other.pooled is not None else None,
-            draft=self.draft | other.draft if self.draft is not None and other.draft is not None else None,
+            **{kind: gate | getattr(other, kind) for kind, gate in self.more_gates.items()},
         )
 
     def require_encoder(self, fingerprint: Float[Tensor, " d_model"]) -> None:
@@ -288,8 +299,11 @@ class Eraser:
         A pipeline with several text encoders needs an eraser attached to each before it generates, or `ungated`: names of
         those that may read the prompt without one.
 
+        With a picture gate, pictures that show a concept come out of the pipeline's `vae.decode` black.
+
         Raises:
-            ValueError: unknown hook point, another text encoder, or no text encoder of a name in `ungated`.
+            ValueError: unknown hook point, another text encoder, or no text encoder of a name in `ungated`; a draft or picture
+                gate of another image model.
         """
         from itd.attachment import attach
 
@@ -320,8 +334,8 @@ class Eraser:
             "edit": asdict(self.edit),
             "records": list(self.records),
             **{
-                kind: None if gate is None else {"concepts": list(gate.names), "anchor": gate.anchor}
-                for kind, gate in (("pooled", self.pooled), ("draft", self.draft))
+                kind: {"concepts": list(gate.names), "anchor": gate.anchor} if gate else None
+                for kind, gate in ((kind, self.more_gates.get(kind)) for kind in MORE_GATES)
             },
         }
         tensors = {
@@ -333,11 +347,11 @@ class Eraser:
                 tensors[name] = getattr(self, name)
         if self.often is not None:
             tensors["often"] = self.often.to(torch.int32)
-        for gate in (self.pooled, self.draft):
-            if gate is not None:
-                tensors |= {f"{gate.kind}_directions": gate.directions, f"{gate.kind}_offsets": gate.offsets}
-        if self.draft is not None and self.draft.origin is not None:
-            tensors["draft_origin"] = self.draft.origin
+        for kind, gate in self.more_gates.items():
+            tensors |= {f"{kind}_directions": gate.directions, f"{kind}_offsets": gate.offsets}
+            origin = getattr(gate, "origin", None)
+            if origin is not None:
+                tensors[f"{kind}_origin"] = origin
         save_artifact(folder, KIND, config, {"features": tensors}, SCHEMA_VERSION)
 
     @classmethod
@@ -350,16 +364,17 @@ class Eraser:
         """
         keys = ("sae", "hook_point", "concepts", "gate", "edit", "records")
         place = Path(folder) / CONFIG
-        config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=("pooled", "draft"))
+        config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=MORE_GATES)
         require_keys(place, config["sae"], ("sha256", "source"))
         for concept in config["concepts"]:
             require_keys(place, concept, ("name", "n_features", "scale", "offset"), optional=("window",))
-        more = {kind: config[kind] for kind in ("pooled", "draft") if config.get(kind) is not None}
+        more = {kind: config[kind] for kind in MORE_GATES if config.get(kind) is not None}
         needed_tensors = ["indices", "weights"]
         for kind, described in more.items():
             require_keys(place, described, ("concepts", "anchor"))
             needed_tensors += [f"{kind}_directions", f"{kind}_offsets"]
-        tensors = read_tensors(folder, config, "features", needed_tensors, ("fingerprint", "anchors", "often", "draft_origin"))
+        origins = "draft_origin", "picture_origin"
+        tensors = read_tensors(folder, config, "features", needed_tensors, ("fingerprint", "anchors", "often", *origins))
         needed = find_sae(config["sae"], sae, folder)
         with reading(folder):
             sizes = [concept["n_features"] for concept in config["concepts"]]
@@ -380,6 +395,9 @@ class Eraser:
                 tensors["often"].long() if "often" in tensors else None,
                 PooledGate(*gate_parts("pooled", more, tensors)) if "pooled" in more else None,
                 DraftGate(*gate_parts("draft", more, tensors), origin=tensors.get("draft_origin")) if "draft" in more else None,
+                PictureGate(*gate_parts("picture", more, tensors), origin=tensors.get("picture_origin"))
+                if "picture" in more
+                else None,
             )
 
 

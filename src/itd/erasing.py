@@ -27,6 +27,7 @@ from itd.features import (
 )
 from itd.gate import PART_WAY, Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, unit_apart
 from itd.hooks import HookPoint
+from itd.pictures import PictureGate, drawn_features
 from itd.pooled import PooledGate
 from itd.prompts import Prompt, PromptSet, check_leaks
 from itd.retained import Retained, check_given_splits, encode_prompts, require_site, split_negative
@@ -38,6 +39,8 @@ CALIBRATIONS = ("apart", "shared")
 SELECTIONS = ("fisher", "token", "evidence", "difference")
 MOST_DRAFTS = 1500
 """Retained prompts that are drafted to fit the draft gate, and to calibrate it."""
+MOST_PICTURES = 600
+"""Retained prompts that are drawn to fit the picture gate, and to calibrate it."""
 WEAK_RECALL = 0.5
 """Below this share of recognised held-out prompts, a concept is reported as one without features of its own."""
 
@@ -85,6 +88,15 @@ class EraseConfig:
     a prompt takes a step of the image model then."""
     draft_fpr: float = 0.002
     """False-positive rate of each concept in the draft gate, on retain and neutral prompts."""
+    picture_gate: bool = False
+    """A gate on the finished picture: what shows a concept comes out black, whatever led there. Making it draws a picture for
+    each of the concepts' prompts and for some that must stay; using it takes a step of the image model per picture."""
+    picture_fpr: float = 0.002
+    """False-positive rate of each concept in the picture gate, on pictures of retain and neutral prompts."""
+    picture_steps: int = 25
+    """Denoising steps of the pictures that it is made from."""
+    picture_guidance: float = 7.5
+    """Guidance scale of these."""
     seed: int = 0
     """Of the split of prompts that carry none."""
 
@@ -143,13 +155,15 @@ def erase(
 
     Raises:
         ValueError: an empty set, a target concept among the retained ones, a concept with prompts in one split only, splits
-            that leak, another hook point than the autoencoder's, a wrong d_model, NaN activations, a draft gate for a pipeline
-            that cannot be drafted with.
+            that leak, another hook point than the autoencoder's, a wrong d_model, NaN activations, a draft or picture gate
+            for a pipeline whose image model cannot be asked.
     """
     settings = find_preset(config) if isinstance(config, str) else config
     require_site(pipe, sae, site)
     if settings.draft_gate:
         require_drafts(pipe)
+    if settings.picture_gate:
+        require_drafts(pipe, "picture")
     if isinstance(retain, Retained):
         if neutral:
             raise ValueError("`Retained` holds the neutral prompts too; give neutral prompts when it is made")
@@ -169,11 +183,11 @@ def erase(
     calibration = choose_threshold(settings, scores[0].amax(1), scores[1].amax(1))
     gate = Gate(settings.score, (calibration.threshold,) * len(concepts), settings.strength)
     record = make_record(settings, concepts, held_out, scores[0], calibration, target, kept)
-    pooled, draft, does = whole_prompt_gates(pipe, site, positive, kept, settings)
+    gates, does = more_gates(pipe, site, positive, kept, settings)
     return Eraser(
         sae, site, concepts, gate, Edit(settings.edit, settings.strength, settings.n_edited), pipelines.fingerprint(pipe, site),
-        anchor_activations(pipe, site, settings.anchor), (record | does,), kept.stats(settings.k_sel).often(), pooled,
-        draft,
+        anchor_activations(pipe, site, settings.anchor), (record | does,), kept.stats(settings.k_sel).often(),
+        **gates,
     )  # fmt: skip
 
 
@@ -209,35 +223,44 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     chosen = choose_threshold(settings, torch.cat([*before, own.amax(1)]), negatives)
     parts = [describe_threshold(chosen.rule, chosen.threshold, scores, negatives) for scores in [*before, own.amax(1)]]
     records = [record | {"calibration": asdict(part)} for record, part in zip(eraser.records, parts[:-1], strict=True)]
-    pooled, draft, does = whole_prompt_gates(pipe, site, positive, kept, settings)
-    if eraser.pooled is not None and pooled is not None:
-        pooled = eraser.pooled | pooled
-    if eraser.draft is not None and draft is not None:
-        draft = eraser.draft | draft
+    gates, does = more_gates(pipe, site, positive, kept, settings)
+    joined = {kind: eraser.more_gates[kind] | gate for kind, gate in gates.items() if kind in eraser.more_gates}
     records.append(make_record(settings, fresh, held_out, own, parts[-1], target, kept) | does)
     return replace(
-        eraser, concepts=concepts, pooled=pooled, draft=draft, records=tuple(records),
+        eraser, concepts=concepts, records=tuple(records), **joined,
         gate=replace(eraser.gate, thresholds=(chosen.threshold,) * len(concepts)),
         often=eraser.often if eraser.often is not None else kept.stats(settings.k_sel).often(),
     )  # fmt: skip
 
 
-def whole_prompt_gates(
+def more_gates(
     pipe: Any, site: HookPoint, positive: PromptSet, kept: Retained, config: EraseConfig
-) -> tuple[PooledGate | None, DraftGate | None, dict[str, Any]]:
-    """Return the gates that the settings ask for, and for the record what they do on held-out prompts."""
-    pooled, draft, does = None, None, dict[str, Any]()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the gates on prompts and pictures that the settings ask for, and for the record what they do on held-out ones."""
+    gates, does = dict[str, Any](), dict[str, Any]()
+
+    def some(n: int) -> tuple[PromptSet, PromptSet]:
+        return kept.fit.sample(n, config.seed), kept.calibrate.sample(n, config.seed)
+
+    def keep(gate: Discriminants, own: Own, others: Others, fpr: float) -> None:
+        gates[gate.kind], does[gate.kind] = gate, rates_of(gate, own, others, fpr)
+
+    def draw(prompts: PromptSet) -> Tensor:
+        return drawn_features(pipe, prompts.texts, config.picture_steps, config.picture_guidance, config.seed)
+
     if config.pooled_gate:
         whole = kept.fit, kept.calibrate
         own, others = vectors_of(positive, whole, lambda p: pipelines.pooled_embeddings(pipe, site.encoder, p.texts))
-        pooled = PooledGate.fit(own, others, config.pooled_fpr, config.anchor)
-        does["pooled"] = rates_of(pooled, own, others, config.pooled_fpr)
+        keep(PooledGate.fit(own, others, config.pooled_fpr, config.anchor), own, others, config.pooled_fpr)
     if config.draft_gate:
-        few = kept.fit.sample(MOST_DRAFTS, config.seed), kept.calibrate.sample(MOST_DRAFTS, config.seed)
-        own, others = vectors_of(positive, few, lambda p: drafts_of(pipe, p.texts))
-        draft = DraftGate.fit_drafts(own, others, drafts_of(pipe, [""])[0], config.draft_fpr, config.anchor)
-        does["draft"] = rates_of(draft, own, others, config.draft_fpr)
-    return pooled, draft, does
+        own, others = vectors_of(positive, some(MOST_DRAFTS), lambda p: drafts_of(pipe, p.texts))
+        draft = DraftGate.fit_towards(own, others, DraftGate.origin_of(pipe), config.draft_fpr, config.anchor)
+        keep(draft, own, others, config.draft_fpr)
+    if config.picture_gate:
+        own, others = vectors_of(positive, some(MOST_PICTURES), draw)
+        picture = PictureGate.fit_towards(own, others, PictureGate.origin_of(pipe), config.picture_fpr, config.anchor)
+        keep(picture, own, others, config.picture_fpr)
+    return gates, does
 
 
 def vectors_of(

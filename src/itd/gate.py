@@ -39,7 +39,7 @@ class FilterBank(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What the gates on the whole prompt say of it (`itd.pooled`, `itd.drafts`)."""
+    """What the gates on the whole prompt say of it, and on its picture (`itd.pooled`, `itd.drafts`, `itd.pictures`)."""
 
     concepts: tuple[str, ...]
     """Concepts that the whole prompt means."""
@@ -47,7 +47,7 @@ class Meaning(NamedTuple):
     """Of the concept that comes closest."""
     threshold: float
     by: str
-    """The gate that the score is of: `pooled` or `draft`."""
+    """The gate that the score is of: `pooled`, `draft` or `picture`."""
 
     def joined(self, other: Meaning) -> Meaning:
         """Return what two gates say of one prompt: the concepts of both, the score of the one that comes closer."""

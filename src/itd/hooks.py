@@ -125,6 +125,29 @@ def edit_result(module: nn.Module, edit: Callable[[tuple[Any, ...], dict[str, An
     return Handle(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
 
 
+def edit_decoded(vae: Any, edit: Callable[[Tensor, Tensor], Tensor | None]) -> Handle:
+    """Replace the pictures that `vae.decode` returns by `edit(latents, pictures)` where that is not None.
+
+    Handles on one autoencoder come off in reverse order.
+    """
+    decode, own = vae.decode, vars(vae).get("decode")
+
+    def edited(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = decode(latents, *args, **kwargs)
+        images = edit(latents, result[0])
+        if images is None:
+            return result
+        return (images, *result[1:]) if isinstance(result, tuple) else type(result)(sample=images)
+
+    def restore() -> None:
+        del vae.decode
+        if own is not None:
+            vae.decode = own
+
+    vae.decode = edited
+    return Handle(restore)
+
+
 class _Stop(Exception):
     """Ends a forward pass once the wanted activation is there."""
 
@@ -137,21 +160,23 @@ def recording(module: nn.Module) -> Generator[list[Tensor], None, None]:
         yield outputs
 
 
-def run_up_to(module: nn.Module, run: Callable[[], Any]) -> Float[Tensor, "batch tokens d_model"]:
-    """Call `run()` and stop it as soon as `module` has given its output, which is returned.
+def run_up_to(module: nn.Module, run: Callable[[], Any], read: Callable[[Any], Tensor] = untuple) -> Tensor:
+    """Call `run()` and stop it as soon as `module` has given its output, of which `read` returns what is wanted.
+
+    By default these are hidden states, (batch, tokens, d_model).
 
     Raises:
         RuntimeError: `run` ended without calling the module.
     """
     outputs: list[Tensor] = []
 
-    def keep(hidden: Tensor) -> None:
-        outputs.append(hidden)
+    def keep(_args: tuple[Any, ...], _kwargs: dict[str, Any], result: Any) -> None:
+        outputs.append(read(result))
         raise _Stop
 
-    with edit_output(module, keep):
+    with edit_result(module, keep):
         try:
             run()
         except _Stop:
             return outputs[0]
-    raise RuntimeError(f"the forward pass never reached {type(module).__name__}: it is not the encoder that ran")
+    raise RuntimeError(f"the forward pass never reached {type(module).__name__}: it is not part of what ran")

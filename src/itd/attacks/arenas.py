@@ -50,6 +50,8 @@ class AttackConfig:
     draft_gate: bool = True
     """In the embedded world, without --eraser: the eraser also gates by the image model's first guess of the picture, as one
     that has to hold against attackers should. `itd erase` makes it when asked to."""
+    picture_gate: bool = False
+    """In the embedded world, without --eraser: the eraser also gates by the finished picture."""
     quick: bool = False
     """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
 
@@ -96,6 +98,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
         "with_synonyms": stated.with_synonyms,
         "pooled_gate": stated.pooled_gate,
         "draft_gate": stated.draft_gate,
+        "picture_gate": stated.picture_gate,
     }
     world = World(out, "attack", options)
     rng = random.Random(stated.seed)
@@ -103,7 +106,10 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     others = sorted(set(world.nouns) - set(chosen))
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
-        settings = EraseConfig(pooled_gate=stated.pooled_gate, draft_gate=stated.draft_gate)
+        settings = EraseConfig(
+            pooled_gate=stated.pooled_gate, draft_gate=stated.draft_gate, picture_gate=stated.picture_gate,
+            picture_steps=emoji.STEPS, picture_guidance=emoji.GUIDANCE_SCALE,
+        )  # fmt: skip
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
         eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), settings).eraser
     synonyms = {name: (*noun.implicit, *noun.tags) for name, noun in world.nouns.items()}

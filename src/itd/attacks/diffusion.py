@@ -151,6 +151,19 @@ def predict(pipe: Any, x_t: Float[Tensor, "n c h w"], t: Int[Tensor, " n"], stat
     return pipe.unet(x_t, t.to(x_t.device), encoder_hidden_states=states).sample
 
 
+def guess(
+    pipe: Any, x_t: Float[Tensor, "n c h w"], said: Float[Tensor, "n c h w"], t: Int[Tensor, " n"]
+) -> Float[Tensor, "n c h w"]:
+    """Return the x_0 that a prediction means: `sqrt(a_t) x_t - sqrt(1 - a_t) v`, or `(x_t - sqrt(1 - a_t) eps) / sqrt(a_t)`."""
+    alphas = pipe.scheduler.alphas_cumprod.to(x_t)[t][:, None, None, None]
+    kind = pipe.scheduler.config.prediction_type
+    if kind == "sample":
+        return said
+    if kind == "v_prediction":
+        return alphas.sqrt() * x_t - (1 - alphas).sqrt() * said
+    return (x_t - (1 - alphas).sqrt() * said) / alphas.sqrt()
+
+
 def draw_timesteps(pipe: Any, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     return torch.randint(pipe.scheduler.config.num_train_timesteps, (n,), generator=generator)
 

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from itd.attacks.base import System
-from itd.attacks.diffusion import Encoded, draw_timesteps, encode, noised, predict
+from itd.attacks.diffusion import Encoded, draw_timesteps, encode, guess, noised, predict
+from itd.pictures import picture_features
 
 
 class Noise(NamedTuple):
@@ -85,12 +86,22 @@ class Loss:
         self, input_ids: Int[Tensor, "1 tokens"], embeddings: Float[Tensor, "1 tokens d"] | None, noise: Noise
     ) -> Float[Tensor, ""]:
         encoded = encode(self.system.pipe, input_ids, embeddings, self.system.eraser)
-        return self.objective(encoded.states, noise) + self.penalty(encoded)
+        return self.objective(encoded.states, noise) + self.penalty(encoded) + self.picture_penalty(encoded.states, noise)
 
     def penalty(self, encoded: Encoded) -> Tensor:
         if encoded.margins is None or self.gate_weight == 0:
             return torch.zeros(())
         return self.gate_weight * (encoded.margins + self.slack).clamp_min(0).sum()
+
+    def picture_penalty(self, states: Float[Tensor, "1 tokens d"], noise: Noise) -> Tensor:
+        """Return what the picture gate costs, on the pictures that the image model guesses from the noised ones."""
+        gate = None if self.system.eraser is None else self.system.eraser.picture
+        if gate is None or self.gate_weight == 0:
+            return torch.zeros(())
+        pipe = self.system.pipe
+        guessed = guess(pipe, noise.x_t, predict(pipe, noise.x_t, noise.t, states), noise.t)
+        margins = gate.scores(picture_features(pipe, guessed)).amax(1) - gate.part_way
+        return self.gate_weight * (margins + self.slack).clamp_min(0).mean()
 
 
 @torch.no_grad()

@@ -114,9 +114,12 @@ def cell_of(attempt: Attempt) -> Cell:
 
 
 def fired_on(arena: Arena) -> list[bool]:
-    """Return the gate's decision on every benign prompt."""
-    assert arena.system.eraser is not None
-    return [check.fired for check in arena.system.eraser.check(arena.system.pipe, arena.benign)]
+    """Return the decision on every benign prompt; where there is a gate on the picture, on one picture of each."""
+    eraser = arena.system.eraser
+    assert eraser is not None
+    if eraser.picture is None:
+        return [check.fired for check in eraser.check(arena.system.pipe, arena.benign)]
+    return [bool(fired) for fired in arena.system.draw(arena.benign, range(60_000, 60_000 + len(arena.benign))).fired]
 
 
 def chance_hits(arena: Arena) -> list[bool]:
