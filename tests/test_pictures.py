@@ -155,9 +155,10 @@ def test_erase_draws_for_the_gate_records_what_it_does_and_keeps_it(pipe: Any, t
     assert loaded.picture is not None
     assert torch.equal(loaded.picture.directions, made.picture.directions)
     loaded.picture.require_image_model(pipe)
+    assert loaded.picture.origin is not None
+    other = replace(loaded.picture, origin=2 * loaded.picture.origin)
     with pytest.raises(ValueError, match="picture gates join only for the same image model"):
-        assert loaded.picture.origin is not None
-        made.picture | replace(loaded.picture, origin=2 * loaded.picture.origin)
+        made.picture | other
     with pytest.raises(ValueError, match="an eraser with a picture gate joins only another with one"):
         made | replace(made, picture=None)
 

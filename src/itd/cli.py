@@ -220,7 +220,7 @@ class Erase(OnModel):
                 sets = inputs.concept_sets(self.model, target, retain, neutral, there, words)
             kept = inputs.find_retained(self.retained, pipe, sae, site, sets, self.settings.seed)
             others = (sets.retain, sets.neutral) if kept is None else (kept, None)
-            eraser = erase(pipe, sae, site, sets.target, *others, self.settings)
+            eraser = erase(pipe, sae, site, sets.target, *others, inputs.erase_settings(self.model, self.settings))
         eraser.save(self.out)
         write_arguments(self, self.out / COMMAND)
         print(describe.describe_eraser(eraser))

@@ -93,10 +93,10 @@ class EraseConfig:
     each of the concepts' prompts and for some that must stay; using it takes a step of the image model per picture."""
     picture_fpr: float = 0.002
     """False-positive rate of each concept in the picture gate, on pictures of retain and neutral prompts."""
-    picture_steps: int = 25
-    """Denoising steps of the pictures that it is made from."""
-    picture_guidance: float = 7.5
-    """Guidance scale of these."""
+    picture_steps: int | None = None
+    """Denoising steps of the pictures that it is made from; None: as many as the pipeline takes by itself."""
+    picture_guidance: float | None = None
+    """Guidance scale of these; None: the pipeline's own."""
     seed: int = 0
     """Of the split of prompts that carry none."""
 

@@ -14,7 +14,7 @@ from torch import nn
 from itd import emoji
 from itd.artifacts import CONFIG
 from itd.eraser import Eraser
-from itd.erasing import split_sets
+from itd.erasing import EraseConfig, split_sets
 from itd.hooks import WRAPPER, HookPoint
 from itd.prompts import Prompt, PromptSet
 from itd.retained import Retained
@@ -213,6 +213,12 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[str]:
     if not prompts:
         raise ValueError("give at least one prompt, or a file of prompts with --file")
     return prompts
+
+
+def erase_settings(model: str | None, settings: EraseConfig) -> EraseConfig:
+    """Return the settings, in which the embedded world draws as it is drawn with elsewhere unless they say otherwise."""
+    own = {} if model is not None else {key: value for key, value in emoji.PICTURES.items() if getattr(settings, key) is None}
+    return replace(settings, **own)
 
 
 def recording_prompts(model: str | None, files: Sequence[str], names: Sequence[str]) -> PromptSet:

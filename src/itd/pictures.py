@@ -86,13 +86,20 @@ def middle_block(
 
 
 @torch.no_grad()
-def drawn_features(pipe: Any, prompts: Sequence[str], steps: int, guidance: float, seed: int) -> Float[Tensor, "prompts d"]:
-    """Draw every prompt once, each from a seed of its own, and return the features of the latent images, on the CPU."""
+def drawn_features(
+    pipe: Any, prompts: Sequence[str], steps: int | None, guidance: float | None, seed: int
+) -> Float[Tensor, "prompts d"]:
+    """Draw every prompt once, each from a seed of its own, and return the features of the latent images, on the CPU.
+
+    steps, guidance: None stands for what the pipeline takes by itself.
+    """
+    named = {"num_inference_steps": steps, "guidance_scale": guidance}
+    options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     found = []
     starts = range(0, len(prompts), BATCH)
     for start in tqdm(starts, desc="draw prompts", unit="batch", leave=False, disable=len(starts) < 4):
         batch = list(prompts[start : start + BATCH])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
-        found.append(picture_features(pipe, pipe(batch, generator=generators, **options).images).cpu())
+        latents = pipe(batch, generator=generators, output_type="latent", **options).images
+        found.append(picture_features(pipe, latents).cpu())
     return torch.cat(found)

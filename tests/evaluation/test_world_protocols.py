@@ -240,7 +240,8 @@ def test_a_setting_that_cannot_be_is_refused(setting: str, message: str, capsys:
 
 def test_synonyms_among_common_words_are_erased_with_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wordfreq", SimpleNamespace(iter_wordlist=lambda language: iter(("the", "of", "night"))))
-    off = dict.fromkeys(("by_words", "by_synonyms", "by_pooled", "by_draft", "by_name", "by_name_synonyms"), False)
+    ways = "by_words", "by_synonyms", "by_pooled", "by_draft", "by_name", "by_name_picture", "by_name_synonyms"
+    off = dict.fromkeys(ways, False)
     protocol = Unsafe(("axe", "bow"), 1, 1, 2, **off, common_words=2)
     assert protocol.ways == ("name_common", "name_draft")
     with pytest.raises(ValueError, match="by_words"):

@@ -107,8 +107,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
         settings = EraseConfig(
-            pooled_gate=stated.pooled_gate, draft_gate=stated.draft_gate, picture_gate=stated.picture_gate,
-            picture_steps=emoji.STEPS, picture_guidance=emoji.GUIDANCE_SCALE,
+            pooled_gate=stated.pooled_gate, draft_gate=stated.draft_gate, picture_gate=stated.picture_gate, **emoji.PICTURES
         )  # fmt: skip
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
         eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), settings).eraser

@@ -29,6 +29,8 @@ __all__ = [
 HOOK_POINT = HookPoint("text_encoder", "encoder.layers.1")
 GUIDANCE_SCALE = 3.0
 STEPS = 25
+PICTURES: dict[str, Any] = {"picture_steps": STEPS, "picture_guidance": GUIDANCE_SCALE}
+"""Settings of `itd.EraseConfig` with which a picture gate is made from pictures as they are drawn here."""
 
 
 def model_folder() -> Path:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from itd import emoji
 from itd.emoji.data import Noun
-from itd.eraser import Eraser
+from itd.eraser import MORE_GATES, Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.identities import templates_free_of
 from itd.evaluation.results import Measures, Report, Section
@@ -55,6 +56,8 @@ class Unsafe:
     """Also erase by the objects' names: what more could be had by knowing them."""
     by_name_synonyms: bool = True
     """Also erase by the objects' names and what the text encoder takes for them."""
+    by_name_picture: bool = True
+    """Also erase by the names alone with the gate on the finished picture: see `itd.pictures`."""
     common_words: int = 0
     """Also erase by the names and what the text encoder takes for them among this many common English words. Needs the extra
     `synonyms`."""
@@ -74,8 +77,8 @@ class Unsafe:
             raise ValueError("one of by_words, by_synonyms, by_name, ... must be true, else nothing is erased")
 
     def quick(self) -> Unsafe:
-        """Return the subsample: 1 sentence, 1 picture per prompt, 20 safe prompts, without the erasure by names alone."""
-        return replace(self, n_templates=1, n_seeds=1, n_safe=20, by_name=False)
+        """Return the subsample: 1 sentence, 1 picture per prompt, 20 safe prompts, without the erasures by names alone."""
+        return replace(self, n_templates=1, n_seeds=1, n_safe=20, by_name=False, by_name_picture=False)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world, on its own erasers or on the one given."""
@@ -106,8 +109,8 @@ class Unsafe:
         common = self.common_words > 0
         asked = {
             "words": self.by_words, "synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft,
-            "names": self.by_name, "name_synonyms": self.by_name_synonyms, "name_common": common and self.by_name_common,
-            "name_draft": common and self.by_name_draft,
+            "names": self.by_name, "name_picture": self.by_name_picture, "name_synonyms": self.by_name_synonyms,
+            "name_common": common and self.by_name_common, "name_draft": common and self.by_name_draft,
         }  # fmt: skip
         return tuple(way for way, wanted in asked.items() if wanted)
 
@@ -137,7 +140,7 @@ class Unsafe:
     def make(self, world: World, by: str, unsafe: Sequence[str], safe: Sequence[str]) -> Made:
         """Make the eraser of the words or of the objects' names, with synonyms and a second gate, without the safe nouns."""
         sets = leak_free_sets(unsafe, safe)
-        if by != "names":
+        if by not in ("names", "name_picture"):
             told = unsafe if by.startswith("name_") else self.words
             common = self.common_words if by in ("name_common", "name_draft") else 0
             words = [*told, *(self.synonyms(world, told, common) if by != "words" else ())]
@@ -145,7 +148,8 @@ class Unsafe:
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
         gate = by.removeprefix("name_")
-        settings = replace(self.erase, **{f"{gate}_gate": True}) if gate in ("pooled", "draft") else self.erase
+        gates = {f"{gate}_gate": True} if gate in MORE_GATES else {}
+        settings = replace(self.erase, **(emoji.PICTURES if gate == "picture" else {}), **gates)
         return world.eraser(f"{self.name} {by}", sets, settings)
 
     def synonyms(self, world: World, told: Sequence[str], common: int = 0) -> list[str]:
@@ -166,7 +170,7 @@ class Unsafe:
         rows = [row for kind in dict.fromkeys(kinds) for row in spread([i for i, k in enumerate(kinds) if k == kind], 8)]
         lines = [Line(side, [(float(i), row[side].value) for i, row in enumerate(classes)]) for side in ("before", "after")]
         plot = line_plot(lines, "Detections by class, implicit prompts", "class", "share of pictures", y_range=(0, 1))
-        told = ", ".join(eraser.names) if by != "names" else "the objects' names"
+        told = ", ".join(eraser.names) if by not in ("names", "name_picture") else "the objects' names"
         return Section(
             f"Erased by {by}", f"Told: {told}.", (classes,), (plot,), pair_figures(world, before, after, eraser, rows)
         )
