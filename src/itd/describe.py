@@ -22,7 +22,7 @@ from itd.sae import SAEConfig
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 N_STRONGEST = 5
-MORE_GATES = {
+GATE_TITLES = {
     "pooled": ("second gate", "on the pooled embedding"),
     "draft": ("draft gate", "on the first guess of the picture"),
     "picture": ("picture gate", "on the finished picture"),
@@ -53,7 +53,7 @@ def describe_eraser(eraser: Eraser) -> str:
     lines = table([(name, n, text.ljust(width)) for name, n, text in rows], indent="")
     for calibration in calibration_of(eraser):
         lines += ["", *describe_calibration(calibration)]
-    for kind, title in MORE_GATES.items():
+    for kind, title in GATE_TITLES.items():
         if kind in record:
             lines += ["", ", ".join(title), *describe_rates(Calibration(**record[kind]))]
     if record["weak"]:
@@ -87,7 +87,7 @@ def describe_check(check: Check) -> str:
     if check.meaning is not None:
         meaning = check.meaning
         verdict = f"means {', '.join(meaning.concepts)}" if meaning.concepts else "passes"
-        gate = MORE_GATES[meaning.by][0]
+        gate = GATE_TITLES[meaning.by][0]
         lines.append(f"  {gate}: {verdict}   score {meaning.score:.3f}   threshold {meaning.threshold:.3f}")
     if check.tokens:
         rows = [("token", "score"), *((token, f"{score:.3f}") for token, score in check.tokens)]
