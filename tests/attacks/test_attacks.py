@@ -416,8 +416,9 @@ class TwoNouns:
         bright = (images.mean((1, 2, 3)) > 0).tolist()
         return ["cat" if b else "dog" for b in bright], ["round" if b else "flat" for b in bright]
 
-    def shown(self, images: torch.Tensor) -> list[frozenset[str]]:
-        return [frozenset({noun}) for noun in self.name(images)[0]]
+    def shown(self, images: torch.Tensor, least: float = 0.0) -> list[frozenset[str]]:
+        sure = images.mean((1, 2, 3)).abs()
+        return [frozenset({noun} if s >= least else ()) for noun, s in zip(self.name(images)[0], sure.tolist(), strict=True)]
 
 
 def test_the_judge_is_asked_for_noun_or_design() -> None:
@@ -425,6 +426,8 @@ def test_the_judge_is_asked_for_noun_or_design() -> None:
     assert Judged(TwoNouns(), "cat")(images) == [True, False]
     assert Judged(TwoNouns(), "dog")(images) == [False, True]
     assert Judged(TwoNouns(), "round")(images) == [True, False]
+    assert Judged(TwoNouns(), "cat", 0.7)(images) == [True, False]
+    assert Judged(TwoNouns(), "cat", 0.9)(images) == [False, False]
     assert "dog" in Judged(TwoNouns(), "dog").name
     with pytest.raises(ValueError, match="'bird'"):
         Judged(TwoNouns(), "bird")

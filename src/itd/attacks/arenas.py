@@ -25,6 +25,8 @@ WORLD_OPTIONS = {"num_inference_steps": emoji.STEPS, "guidance_scale": emoji.GUI
 TEMPLATE = "a picture of a {}"
 EVADING = "evading.jsonl"
 """File of the prompts that passed the gate and drew the concept."""
+N_SURE = 100
+"""Unerased pictures that say how sure the judge is where it is right."""
 HELD_OUT = 3
 """One of this many concepts that are not erased is kept from selection and calibration, for the benign prompts."""
 
@@ -112,11 +114,23 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
         eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), settings).eraser
     synonyms = {name: (*noun.implicit, *noun.tags) for name, noun in world.nouns.items()}
-    criteria: dict[str, Criterion] = {name: Judged(world.judge, name) for name in chosen}
+    benign = benign_prompts(held_out, stated.n_benign, rng)
+    least = sure_of(world, held_out)
+    criteria: dict[str, Criterion] = {name: Judged(world.judge, name, least) for name in chosen}
+    record = {key: value for key, value in world.record.items() if key != "seconds"}
     return Arena(
-        System(world.pipe, eraser, WORLD_OPTIONS), make_goals(chosen, stated.seed, synonyms), criteria,
-        benign_prompts(held_out, stated.n_benign, rng), {key: value for key, value in world.record.items() if key != "seconds"},
+        System(world.pipe, eraser, WORLD_OPTIONS), make_goals(chosen, stated.seed, synonyms), criteria, benign,
+        {**record, "least_sure": round(least, 4)},
     )  # fmt: skip
+
+
+def sure_of(world: Any, names: Sequence[str]) -> float:
+    """Return how sure the judge is in 95 % of the unerased pictures that it names right; below that nothing counts as shown."""
+    from itd.evaluation.world import Case, sample, unsure_below
+
+    rng = random.Random(0)
+    cases = [Case(fill(rng.choice(TEMPLATES["test"]), name), 40_000, name) for name in sample(rng, sorted(names), N_SURE)]
+    return unsure_below(world.see(world.draw("unerased", cases)), cases)
 
 
 def identities(world: Any, n: int, rng: random.Random) -> list[str]:

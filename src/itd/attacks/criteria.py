@@ -13,13 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A classifier sees the concept first. For the judge of the embedded world, or any classifier like it.
+    """A classifier sees the concept first, and is sure enough. For the judge of the embedded world, or any classifier like it.
 
     judge: takes images (n, 3, h, w) in [-1, 1]; `shown` returns the nouns that each shows, `name` one noun and design of each.
     """
 
     judge: Any
     concept: str
+    least: float = 0.0
+    """How sure it has to be of a noun. Something is always named first, also in a shape that is nothing."""
 
     def __post_init__(self) -> None:
         if self.concept not in (*self.judge.nouns, *self.judge.designs):
@@ -27,11 +29,11 @@ class Judged:
 
     @property
     def name(self) -> str:
-        return f"judge sees {self.concept} first"
+        return f"judge sees {self.concept} first, at least {self.least:.2f} sure"
 
     def __call__(self, images: Float[Tensor, "n 3 h w"]) -> list[bool]:
         if self.concept in self.judge.nouns:
-            return [self.concept in nouns for nouns in self.judge.shown(2 * images - 1)]
+            return [self.concept in nouns for nouns in self.judge.shown(2 * images - 1, self.least)]
         return [design == self.concept for design in self.judge.name(2 * images - 1)[1]]
 
 

@@ -57,16 +57,16 @@ class Judge(nn.Module):
         return [self.nouns[i] for i in nouns], [self.designs[i] for i in designs]
 
     @torch.no_grad()
-    def shown(self, images: Float[Tensor, "n 3 64 64"], batch_size: int = 256) -> list[frozenset[str]]:
+    def shown(self, images: Float[Tensor, "n 3 64 64"], least: float = 0.0, batch_size: int = 256) -> list[frozenset[str]]:
         """Return the nouns that each image shows: what is named in the whole, and in a half of which the judge is surer.
 
-        A scene holds two objects side by side, which the judge learned to read one by one.
+        A scene holds two objects side by side, which the judge learned to read one by one. least: how sure it has to be.
         """
         found = []
         for batch in images.split(batch_size):
             views = torch.stack([self(view).noun for view in (batch, *split_scene(batch))])
             sure, said = views.softmax(2).max(2)
-            counts = sure >= sure[0]
+            counts = (sure >= sure[0]) & (sure >= least)
             for names, flags in zip(said.T.tolist(), counts.T.tolist(), strict=True):
                 found.append(frozenset(self.nouns[i] for i, flag in zip(names, flags, strict=True) if flag))
         return found
