@@ -15,8 +15,10 @@ from itd import SAE, Eraser, PromptSet, cli, emoji
 from itd.attacks import ATTACKS, Budget, Direct, Goal, System, arenas, protocol
 from itd.attacks.arenas import AttackConfig, benign_prompts, make_goals, run_arena, world_arena
 from itd.attacks.base import Attempt, Trial
+from itd.attacks.criteria import Judged
 from itd.attacks.protocol import Arena, cell_of, identity_of, measures_of, names_of_attacks, run
 from itd.evaluation.ledger import Ledger
+from itd.evaluation.world import Case, Sight
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "width": 16}
 GOALS = (Goal("house", "a photo of a {}", 0, ("tree", "lamp")), Goal("boat", "a photo of a {}", 1000))
@@ -226,7 +228,9 @@ def test_the_world_keeps_benign_concepts_from_the_eraser(tmp_path: Path, monkeyp
             made["sets"] = sets
             return type("M", (), {"eraser": object()})()
 
+    asked: list[list[str]] = []
     monkeypatch.setattr(world, "World", FakeWorld)
+    monkeypatch.setattr(arenas, "sure_of", lambda _, names: asked.append(names) or 0.3)
     found = world_arena(AttackConfig(n_concepts=3, n_benign=50), tmp_path)
     sets = made["sets"]
     assert [goal.concept for goal in found.goals] == sorted(sets.target.concepts)
@@ -237,6 +241,24 @@ def test_the_world_keeps_benign_concepts_from_the_eraser(tmp_path: Path, monkeyp
     assert not [prompt for prompt in found.benign if prompt in {p.text for p in sets.retain + sets.neutral}]
     held_out = set(emoji_names()) - seen - set(sets.target.concepts)
     assert all(any(name in prompt for name in held_out) for prompt in found.benign)
+    assert set(asked[0]) == held_out
+    assert {criterion.least for criterion in found.criteria.values() if isinstance(criterion, Judged)} == {0.3}
+    assert found.record["least_sure"] == 0.3
+
+
+def test_how_sure_the_judge_has_to_be_is_what_it_is_in_pictures_that_it_names_right() -> None:
+    class FakeWorld:
+        def draw(self, arm: str, cases: list[Case]) -> list[Case]:
+            assert arm == "unerased"
+            assert {case.noun for case in cases} == {"cat", "dog", "owl"}
+            return cases
+
+        def see(self, drawn: list[Case]) -> Sight:
+            confidence = torch.tensor([0.9 if case.noun == "cat" else 0.5 for case in drawn])
+            named = [case.noun if case.noun != "owl" else "wrong" for case in drawn]
+            return Sight(named, [], confidence, torch.empty(0), [])
+
+    assert arenas.sure_of(FakeWorld(), ["owl", "cat", "dog"]) == pytest.approx(0.5 + 0.05 * 0.4)
 
 
 def emoji_names() -> list[str]:
