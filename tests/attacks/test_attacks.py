@@ -416,9 +416,9 @@ class TwoNouns:
         bright = (images.mean((1, 2, 3)) > 0).tolist()
         return ["cat" if b else "dog" for b in bright], ["round" if b else "flat" for b in bright]
 
-    def shown(self, images: torch.Tensor, least: float = 0.0) -> list[frozenset[str]]:
+    def shown(self, images: torch.Tensor) -> list[dict[str, float]]:
         sure = images.mean((1, 2, 3)).abs()
-        return [frozenset({noun} if s >= least else ()) for noun, s in zip(self.name(images)[0], sure.tolist(), strict=True)]
+        return [{noun: s} for noun, s in zip(self.name(images)[0], sure.tolist(), strict=True)]
 
 
 def test_the_judge_is_asked_for_noun_or_design() -> None:

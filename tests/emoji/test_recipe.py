@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -85,14 +87,9 @@ def test_the_judge_counts_a_half_where_it_is_surer_of_it_than_of_the_whole(monke
     judge = Judge(["cat", "dog", "owl"], ["noto"])
     said = iter([[[2.0, 0, 0]] * 3, [[3.0, 0, 0], [0, 1, 0], [0, 3, 0]], [[0, 3.0, 0], [0, 0, 1], [0, 0, 3]]])
     monkeypatch.setattr(judge, "forward", lambda views: Verdict(torch.tensor(next(said)), torch.empty(0), torch.empty(0)))
-    assert judge.shown(torch.zeros(3, 3, 64, 64)) == [{"cat", "dog"}, {"cat"}, {"cat", "dog", "owl"}]
-
-
-def test_the_judge_does_not_count_what_it_is_not_sure_of(monkeypatch):
-    judge = Judge(["cat", "dog"], ["noto"])
-    said = iter([torch.tensor([[2.0, 0.0], [1.0, 0.0]])] * 3)
-    monkeypatch.setattr(judge, "forward", lambda views: Verdict(next(said), torch.empty(0), torch.empty(0)))
-    assert judge.shown(torch.zeros(2, 3, 64, 64), least=0.8) == [{"cat"}, set()]
+    shown = judge.shown(torch.zeros(3, 3, 64, 64))
+    assert [set(nouns) for nouns in shown] == [{"cat", "dog"}, {"cat"}, {"cat", "dog", "owl"}]
+    assert shown[0]["cat"] == pytest.approx(math.exp(3) / (math.exp(3) + 2))
 
 
 def test_tags_that_several_nouns_share_are_not_implicit():

@@ -165,9 +165,12 @@ def test_a_noun_is_measured_in_the_sentences_that_the_unerased_pipeline_draws_it
 
 def test_a_noun_in_a_half_of_a_scene_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path, "test", {})
-    monkeypatch.setattr(type(world.judge), "shown", lambda _, images: [frozenset({"cat", "dog"}) for _ in images])
+    monkeypatch.setattr(type(world.judge), "shown", lambda _, images: [{"cat": 0.9, "dog": 0.4} for _ in images])
     cases = [Case("a cat and a dog", 1, noun) for noun in ("cat", "dog", "tree")]
-    assert world.see(world.draw("unerased", cases)).right(cases) == [True, True, False]
+    sight = world.see(world.draw("unerased", cases))
+    assert sight.right(cases) == [True, True, False]
+    assert sight.shows_any(["dog", "tree"], 0.3) == [True] * 3
+    assert sight.shows_any(["dog", "tree"], 0.5) == [False] * 3
 
 
 def test_the_kept_concepts_are_the_same_at_every_count(tmp_path: Path) -> None:

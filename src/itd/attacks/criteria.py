@@ -15,7 +15,8 @@ from torch import Tensor
 class Judged:
     """A classifier sees the concept first, and is sure enough. For the judge of the embedded world, or any classifier like it.
 
-    judge: takes images (n, 3, h, w) in [-1, 1]; `shown` returns the nouns that each shows, `name` one noun and design of each.
+    judge: takes images (n, 3, h, w) in [-1, 1]; `shown` returns the nouns that each shows with how sure it is, `name` one
+        noun and design of each.
     """
 
     judge: Any
@@ -33,7 +34,7 @@ class Judged:
 
     def __call__(self, images: Float[Tensor, "n 3 h w"]) -> list[bool]:
         if self.concept in self.judge.nouns:
-            return [self.concept in nouns for nouns in self.judge.shown(2 * images - 1, self.least)]
+            return [nouns.get(self.concept, -1.0) >= self.least for nouns in self.judge.shown(2 * images - 1)]
         return [design == self.concept for design in self.judge.name(2 * images - 1)[1]]
 
 

@@ -57,18 +57,19 @@ class Judge(nn.Module):
         return [self.nouns[i] for i in nouns], [self.designs[i] for i in designs]
 
     @torch.no_grad()
-    def shown(self, images: Float[Tensor, "n 3 64 64"], least: float = 0.0, batch_size: int = 256) -> list[frozenset[str]]:
-        """Return the nouns that each image shows: what is named in the whole, and in a half of which the judge is surer.
+    def shown(self, images: Float[Tensor, "n 3 64 64"], batch_size: int = 256) -> list[dict[str, float]]:
+        """Return the nouns that each image shows, and how sure the judge is of them, 0 to 1.
 
-        A scene holds two objects side by side, which the judge learned to read one by one. least: how sure it has to be.
+        That is what is named in the whole, and in a half of which the judge is surer: a scene holds two objects side by side,
+        which the judge learned to read one by one. Something is always named; how sure tells whether it is there.
         """
         found = []
         for batch in images.split(batch_size):
             views = torch.stack([self(view).noun for view in (batch, *split_scene(batch))])
             sure, said = views.softmax(2).max(2)
-            counts = (sure >= sure[0]) & (sure >= least)
-            for names, flags in zip(said.T.tolist(), counts.T.tolist(), strict=True):
-                found.append(frozenset(self.nouns[i] for i, flag in zip(names, flags, strict=True) if flag))
+            for row in zip(said.T.tolist(), sure.T.tolist(), strict=True):
+                named = [(self.nouns[i], s) for i, s in zip(*row, strict=True) if s >= row[1][0]]
+                found.append({noun: max(s for other, s in named if other == noun) for noun, _ in named})
         return found
 
     def save(self, folder: Path) -> None:

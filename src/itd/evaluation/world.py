@@ -79,17 +79,22 @@ class Drawn:
 
 class Sight(NamedTuple):
     """What the judge sees in pictures. `nouns`, `designs`, `confidence` of the noun: of the whole picture. `shown`: the nouns
-    that are named there or in a half of a scene (`Judge.shown`)."""
+    that are named there or in a half of a scene, with how sure it is (`Judge.shown`)."""
 
     nouns: list[str]
     designs: list[str]
     confidence: Float[Tensor, " n"]
     features: Float[Tensor, "n d"]
-    shown: list[frozenset[str]]
+    shown: list[dict[str, float]]
 
     def right(self, cases: Sequence[Case]) -> list[bool]:
         """Tell, per picture, whether it shows the noun that was asked for."""
         return [case.noun in nouns for nouns, case in zip(self.shown, cases, strict=True)]
+
+    def shows_any(self, names: Iterable[str], least: float) -> list[bool]:
+        """Tell, per picture, whether it shows one of the nouns and the judge is sure enough of it."""
+        wanted = set(names)
+        return [any(noun in wanted and sure >= least for noun, sure in nouns.items()) for nouns in self.shown]
 
 
 @dataclass(frozen=True)
