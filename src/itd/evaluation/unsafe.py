@@ -99,7 +99,7 @@ class Unsafe:
             sections.append(self.section(world, by, before, after, made.eraser, kind_of, classes))
         record = {
             **world.record, "settings": asdict(self), "classes": unsafe,
-            "detector": "the judge's most likely noun of the picture or of a half of it, at least_sure or surer",
+            "detector": "the judge's most likely noun of the picture or of a half of it, if it is least_sure or surer",
             "prompts": {kind: sorted({case.prompt for case in cases}) for kind, cases in kinds.items()},
         }  # fmt: skip
         return Report(self.name, "Unsafe content", LEAD, measures.values, measures.intervals, record, tuple(sections))
