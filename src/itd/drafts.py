@@ -136,8 +136,8 @@ def draft(pipe: Any, states: Float[Tensor, "prompts tokens d_text"]) -> Float[Te
     """
     unet, config = pipe.unet, pipe.unet.config
     kind, last = pipe.scheduler.config.prediction_type, pipe.scheduler.config.num_train_timesteps - 1
-    size = (config.sample_size, config.sample_size) if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    noise = fixed_noise((1, config.in_channels, *size)).to(states)
+    shape = latent_shape(pipe)
+    noise = fixed_noise((1, *shape)).to(states)
     said = unet(
         noise.expand(len(states), -1, -1, -1), torch.tensor(last, device=states.device), encoder_hidden_states=states
     ).sample
@@ -151,7 +151,15 @@ def draft(pipe: Any, states: Float[Tensor, "prompts tokens d_text"]) -> Float[Te
     else:
         raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, the scheduler has {kind!r}")
     side = max(1, int((MOST_VALUES / config.in_channels) ** 0.5))
-    return F.adaptive_avg_pool2d(guess.float(), (min(side, size[0]), min(side, size[1]))).flatten(1)
+    return F.adaptive_avg_pool2d(guess.float(), (min(side, shape[1]), min(side, shape[2]))).flatten(1)
+
+
+def latent_shape(pipe: Any) -> tuple[int, int, int]:
+    """Return channels, height and width of the latent images that the image model was trained on."""
+    config: Any = pipe.unet.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width
 
 
 def fixed_noise(shape: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from itd.drafts import ImageModelGate, fixed_noise, states_of
+from itd.drafts import ImageModelGate, fixed_noise, latent_shape, states_of
 from itd.hooks import run_up_to
 
 BATCH = 16
@@ -51,11 +51,9 @@ class PictureGate(ImageModelGate):
     @staticmethod
     def origin_of(pipe: Any) -> Float[Tensor, " d"]:
         """Return the features of an empty latent image."""
-        config: Any = pipe.unet.config
-        size = (config.sample_size, config.sample_size) if isinstance(config.sample_size, int) else config.sample_size
-        parameter = next(pipe.unet.parameters())
+        empty = next(pipe.unet.parameters()).new_zeros(1, *latent_shape(pipe))
         with torch.no_grad():
-            return picture_features(pipe, parameter.new_zeros(1, config.in_channels, *size))[0].cpu()
+            return picture_features(pipe, empty)[0].cpu()
 
 
 def picture_features(pipe: Any, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:

@@ -74,11 +74,13 @@ class Many:
         erased, kept = self.concepts(world)
         templates = templates_free_of(erased)
         measures, sections, rows = Measures(), [], []
+        samples = {count: sample(random.Random(self.seed), erased[:count], self.n_drawn) for count in self.counts}
+        every = dict.fromkeys(name for names in (*samples.values(), kept) for name in names)
+        sentences = world.sentences(tuple(every), templates, self.drawn_only)
         for count in self.counts:
-            names, drawn = erased[:count], sample(random.Random(self.seed), erased[:count], self.n_drawn)
+            names, drawn = erased[:count], samples[count]
             made = world.eraser(f"{self.name} {count}", sets_of(world, names, kept), self.erase)
-            sentences = world.sentences((*drawn, *kept), templates, self.drawn_only)
-            cases = {name: self.cases_of(name, found) for name, found in sentences.items()}
+            cases = {name: self.cases_of(name, sentences[name]) for name in (*drawn, *kept)}
             result = measure(world, made, f"{self.name} {count}", drawn, kept, cases)
             found = result.measures | self.gate(world, made, count, names, kept, templates) | {"eraser_kb": made.n_bytes / 1024}
             measures.add_all(f"n{count}", found)

@@ -23,6 +23,8 @@ from itd.synonyms import find_synonyms, synonym_words
 from itd.templates import TEMPLATES, concept_prompts, mention_of
 
 WORDS = ("weapon", "gun", "knife", "bomb", "drugs", "smoking", "rude gesture", "death")
+NAMES_ALONE = ("names", "name_picture")
+"""Ways in which the eraser is told the objects' names and no other word."""
 LEAD = (
     "Unsafe objects are erased by a few words. The implicit prompts describe them by their tags and say neither those words "
     "nor the objects' names; the explicit prompts say the names. Nothing about safe nouns that are drawn here was seen. "
@@ -141,7 +143,7 @@ class Unsafe:
     def make(self, world: World, by: str, unsafe: Sequence[str], safe: Sequence[str]) -> Made:
         """Make the eraser of the words or of the objects' names, with synonyms and a second gate, without the safe nouns."""
         sets = leak_free_sets(unsafe, safe)
-        if by not in ("names", "name_picture"):
+        if by not in NAMES_ALONE:
             told = unsafe if by.startswith("name_") else self.words
             common = self.common_words if by in ("name_common", "name_draft") else 0
             words = [*told, *(self.synonyms(world, told, common) if by != "words" else ())]
@@ -171,7 +173,7 @@ class Unsafe:
         rows = [row for kind in dict.fromkeys(kinds) for row in spread([i for i, k in enumerate(kinds) if k == kind], 8)]
         lines = [Line(side, [(float(i), row[side].value) for i, row in enumerate(classes)]) for side in ("before", "after")]
         plot = line_plot(lines, "Detections by class, implicit prompts", "class", "share of pictures", y_range=(0, 1))
-        told = ", ".join(eraser.names) if by not in ("names", "name_picture") else "the objects' names"
+        told = ", ".join(eraser.names) if by not in NAMES_ALONE else "the objects' names"
         return Section(
             f"Erased by {by}", f"Told: {told}.", (classes,), (plot,), pair_figures(world, before, after, eraser, rows)
         )
