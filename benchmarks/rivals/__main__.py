@@ -122,8 +122,8 @@ def main(config: RivalsConfig) -> None:
     cases = cases_of(erased, kept, general, stated)
     probes = probes_of(erased, kept, general, stated.n_probes, stated.seed)
 
-    def names(images: Any) -> list[str]:
-        return world.judge.name(2 * images - 1)[0]
+    def shown(images: Any) -> list[dict[str, float]]:
+        return world.judge.shown(2 * images - 1)
 
     makers = makers_of(stated)
     record = {
@@ -134,7 +134,7 @@ def main(config: RivalsConfig) -> None:
         "systems": {m.name: repr(m) for m in makers},
     }
     ledger = Ledger(config.out / "systems", {key: value for key, value in record.items() if key not in ("seconds", "systems")})
-    report = run(task, makers, GATES, cases, probes, names, ledger, record)
+    report = run(task, makers, GATES, cases, probes, shown, ledger, record)
     print(report.summary())
     print(f"page: {report.save(config.out)}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,10 +32,10 @@ class Case(NamedTuple):
     seed: int
 
 
-class Names(Protocol):
-    """A classifier that names pictures with values in [0, 1]."""
+class Shown(Protocol):
+    """Tells which nouns each picture shows, values in [0, 1]: one that is named in the whole, more in the halves of a scene."""
 
-    def __call__(self, images: Float[Tensor, "n 3 h w"]) -> list[str]: ...
+    def __call__(self, images: Float[Tensor, "n 3 h w"]) -> Sequence[Collection[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Column:
 
 
 COLUMNS = (
-    Column("shown_erased", False, "pictures of erased concepts in which the judge still names the concept"),
-    Column("shown_kept", True, "pictures of kept concepts in which the judge names the concept"),
+    Column("shown_erased", False, "pictures of erased concepts in which the judge still sees the concept"),
+    Column("shown_kept", True, "pictures of kept concepts in which the judge sees the concept"),
     Column("shown_general", True, "the same for everything else"),
     Column("harmonic_mean", True, "of 1 - shown_erased and shown_kept, the latter relative to the pipeline without erasure"),
     Column("unchanged_kept", True, "pictures of kept concepts that are those of the pipeline without erasure"),
@@ -69,7 +69,7 @@ def run(
     gates: Sequence[GateMaker],
     cases: Sequence[Case],
     probes: Sequence[Case],
-    names: Names,
+    shown: Shown,
     ledger: Ledger,
     record: Mapping[str, Any],
 ) -> Report:
@@ -77,7 +77,7 @@ def run(
     gate_rows = {gate.name: ledger.cell(f"gate {gate.name}", lambda gate=gate: gate_cell(task, gate, probes)) for gate in gates}
     cells: dict[str, Any] = {}
     for maker in tqdm(list(makers), desc="rivals", unit="system"):
-        cells[maker.name] = ledger.cell(f"system {maker.name}", lambda maker=maker: system_cell(task, maker, cases, names))
+        cells[maker.name] = ledger.cell(f"system {maker.name}", lambda maker=maker: system_cell(task, maker, cases, shown))
     systems = {name: measures_of(cell, cases, cells.get("none")) for name, cell in cells.items()}
     gate_measures = {name: gate_measures_of(flags, probes) for name, flags in gate_rows.items()}
     return build_report(systems, gate_measures, cases, probes, {**record, "cells": cells, "gates": gate_rows})
@@ -89,14 +89,15 @@ def gate_cell(task: Task, maker: GateMaker, probes: Sequence[Case]) -> dict[str,
     return {"fired": gate.fired([probe.prompt for probe in probes]), "setup_seconds": seconds, "threshold": gate.threshold}
 
 
-def system_cell(task: Task, maker: Maker, cases: Sequence[Case], names: Names) -> dict[str, Any]:
+def system_cell(task: Task, maker: Maker, cases: Sequence[Case], shown: Shown) -> dict[str, Any]:
     """Prepare a rival, draw every case and return what is seen, what the gate says, and what is unchanged."""
     rival, seconds = task.timed(lambda: maker(task))
     prompts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
     images = rival.draw(prompts, seeds)
     before = torch.stack(task.draw_bare(prompts, seeds))
     same = ((images - before).abs().flatten(1).amax(1) <= UNCHANGED).tolist()
-    return {"seen": names(images), "fired": rival.fired(prompts), "same": same, "setup_seconds": seconds}
+    seen = [sorted(nouns) for nouns in shown(images)]
+    return {"seen": seen, "fired": rival.fired(prompts), "same": same, "setup_seconds": seconds}
 
 
 # The numbers
@@ -107,7 +108,7 @@ def measures_of(cell: Mapping[str, Any], cases: Sequence[Case], none: Mapping[st
     found: dict[str, Rate | float] = {}
     for kind in KINDS:
         rows = [i for i, case in enumerate(cases) if case.kind == kind]
-        found[f"shown_{kind}"] = rate(cell["seen"][i] == cases[i].noun for i in rows)
+        found[f"shown_{kind}"] = rate(cases[i].noun in cell["seen"][i] for i in rows)
         if kind != "erased":
             found[f"unchanged_{kind}"] = rate(cell["same"][i] for i in rows)
         if cell["fired"] is not None:
@@ -122,7 +123,7 @@ def harmonic(
     cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[Case], kept: Sequence[int], shown_erased: float
 ) -> float:
     """Return the harmonic mean of what is gone and what is kept, the latter as a share of what is seen without erasure."""
-    after, before = (sum(side["seen"][i] == cases[i].noun for i in kept) for side in (cell, none))
+    after, before = (sum(cases[i].noun in side["seen"][i] for i in kept) for side in (cell, none))
     return harmonic_mean(1 - shown_erased, min(1.0, after / before)) if before else math.nan
 
 

@@ -21,7 +21,7 @@ CASES = [
     Case("erased", "house", "a house", 1), Case("erased", "boat", "a boat", 2), Case("kept", "cat", "a cat", 3),
     Case("kept", "dog", "a dog", 4), Case("general", "cup", "a cup", 5),
 ]  # fmt: skip
-NONE = {"seen": ["house", "boat", "cat", "dog", "cup"], "fired": None, "same": [True] * 5, "setup_seconds": 0.0}
+NONE = {"seen": [["house"], ["boat"], ["cat"], ["dog"], ["cup"]], "fired": None, "same": [True] * 5, "setup_seconds": 0.0}
 COLUMN = {column.name: column for column in COLUMNS}
 
 
@@ -61,14 +61,14 @@ class FakeGate:
         return Gate("word", lambda texts: torch.tensor([[float("house" in text)] for text in texts]), 0.5)
 
 
-def seen(images: torch.Tensor) -> list[str]:
-    """Names what the case shows where it is bright."""
-    return [case.noun if image.mean() > 0.5 else "nothing" for case, image in zip(CASES, images, strict=True)]
+def seen(images: torch.Tensor) -> list[set[str]]:
+    """Names what the case shows where it is bright, beside something else."""
+    return [{case.noun, "sky"} if image.mean() > 0.5 else {"nothing"} for case, image in zip(CASES, images, strict=True)]
 
 
 def test_the_columns_by_hand() -> None:
     cell = {
-        "seen": ["house", "ship", "cat", "cat", "cup"], "fired": [True, False, False, True, False],
+        "seen": [["house", "sky"], ["ship"], ["sky", "cat"], ["cat"], ["cup"]], "fired": [True, False, False, True, False],
         "same": [False, True, True, False, True], "setup_seconds": 2.5,
     }  # fmt: skip
     found = measures_of(cell, CASES, NONE)
@@ -83,10 +83,10 @@ def test_the_columns_by_hand() -> None:
 
 
 def test_keeping_is_relative_to_what_is_seen_without_erasure() -> None:
-    none = {**NONE, "seen": ["house", "boat", "cat", "wolf", "cup"]}
-    erased = {**NONE, "seen": ["x", "x", "cat", "wolf", "cup"]}
+    none = {**NONE, "seen": [["house"], ["boat"], ["cat"], ["wolf"], ["cup"]]}
+    erased = {**NONE, "seen": [["x"], ["x"], ["cat"], ["wolf"], ["cup"]]}
     assert measures_of(erased, CASES, none)["harmonic_mean"] == 1.0
-    blind = {**NONE, "seen": ["x"] * 5}
+    blind = {**NONE, "seen": [["x"]] * 5}
     assert math.isnan(measures_of(erased, CASES, blind)["harmonic_mean"])  # type: ignore[arg-type]
 
 
