@@ -61,8 +61,9 @@ def test_edits_equal_those_by_loops(mode: EditMode, strength: float) -> None:
     assert {decision.concepts for decision in erased.decisions} >= {(), (0,), (1,), (0, 1)}
 
 
-def test_replace_puts_anchors_at_the_tokens_that_name_the_concept_and_behind_the_prompt() -> None:
-    eraser, (x, content, editable) = make().with_edit("replace", -3.0), batch()
+@pytest.mark.parametrize("mode", ["replace", "refuse"])
+def test_anchors_are_put_at_the_tokens_that_name_the_concept_and_behind_the_prompt(mode: EditMode) -> None:
+    eraser, (x, content, editable) = make().with_edit(mode, -3.0), batch()
     erased = eraser(x, content, editable)
     for row, decision in enumerate(erased.decisions):
         if decision.fired:
@@ -245,6 +246,7 @@ def test_another_text_encoder_is_an_error_and_rounding_is_not() -> None:
             "feature 30 of 'b' is not in an autoencoder of 30 latents",
         ),
         ({"edit": Edit("replace"), "anchors": None}, r"'replace' needs anchors; make the eraser with itd\.erase"),
+        ({"edit": Edit("refuse"), "anchors": None}, r"'refuse' needs anchors; make the eraser with itd\.erase"),
     ],
 )
 def test_an_eraser_that_could_not_work_is_an_error(changes: dict[str, Any], message: str) -> None:

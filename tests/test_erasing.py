@@ -230,6 +230,15 @@ def test_the_anchor_stands_in_under_replace(pipe: Any, sae: SAE, site: HookPoint
     torch.testing.assert_close(replaced[6:], eraser.anchors[1].expand(len(replaced) - 6, -1))
 
 
+def test_an_anchor_that_would_be_refused_itself_is_an_error(pipe: Any, sae: SAE, site: HookPoint) -> None:
+    refusing = replace(CONFIG, edit="refuse", anchor="a photo of a cat")
+    eraser = make(pipe, sae, site, refusing)
+    assert eraser.edit.anchor == "a photo of a cat"
+    with pytest.raises(ValueError, match=r"anchor 'a small house' is drawn .* refused itself, for house; give another anchor"):
+        make(pipe, sae, site, replace(refusing, anchor="a small house"))
+    assert make(pipe, sae, site, replace(CONFIG, anchor="a small house")).edit.mode == "subtract"
+
+
 @pytest.mark.parametrize("anchor", ["a photo of a cat " * 12, "cat"])
 def test_an_anchor_of_any_length_gives_two_activations(pipe: Any, sae: SAE, site: HookPoint, anchor: str) -> None:
     anchors = make(pipe, sae, site, replace(CONFIG, anchor=anchor)).anchors
@@ -282,7 +291,7 @@ def test_a_preset_is_taken_by_name(pipe: Any, sae: SAE, site: HookPoint) -> None
     eraser = make(pipe, sae, site, "paper")
     assert (eraser.gate.score, eraser.edit.mode, eraser.edit.strength) == ("reconstruction", "scale", -8.0)
     assert make(pipe, sae, site, "default").gate.score == "evidence"
-    with pytest.raises(ValueError, match=r"preset must be one of \['default', 'paper', 'style'\], got 'typo'"):
+    with pytest.raises(ValueError, match=r"preset must be one of \['default', 'paper', 'strict', 'style'\], got 'typo'"):
         make(pipe, sae, site, "typo")
 
 

@@ -18,7 +18,7 @@ from itd.drafts import DraftGate, draft_states
 from itd.gate import Decision, Meaning
 from itd.hooks import Handle, before_forward, edit_decoded, edit_output, edit_result
 from itd.pictures import BLACK, picture_features
-from itd.pooled import encode_instead, put_instead
+from itd.pooled import PooledGate, encode_instead, put_instead
 
 if TYPE_CHECKING:
     from itd.eraser import Eraser
@@ -102,7 +102,7 @@ class Attachment(Handle):
         self.enforcer = enforcer = Enforcer.of(pipe)
         enforcer.add(self)
         hooks = [before_forward(self.encoder, self.remember_tokens), edit_output(module, self.gate)]
-        if eraser.pooled is not None:
+        if eraser.pooled is not None or eraser.edit.mode == "refuse":
             hooks.append(edit_result(self.encoder, self.judge))
         super().__init__(lambda: enforcer.drop(self), *(hook.remove for hook in hooks))
 
@@ -139,22 +139,36 @@ class Attachment(Handle):
         return erased.x if all(marks) else hidden.masked_scatter(rows[:, None, None], erased.x)
 
     def judge(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """Replace gated rows whose pooled embedding means a concept by the anchor's; None leaves the result, bit for bit."""
+        """Give gated rows that mean a concept, or are refused, what an anchor is given; None leaves the result, bit for bit."""
         if self.enforcer.substituting or not any(self.marks):
             return None
-        name, second = self.eraser.hook_point.encoder, self.eraser.pooled
-        embeddings = pipelines.pooled_output(result)
-        if second is None or embeddings is None or self.input_ids is None:
-            raise RuntimeError(f"{name} returned no pooled embedding: the second gate cannot see the prompt; remove the eraser")
+        assert self.input_ids is not None
+        name, edit, pooled = self.eraser.hook_point.encoder, self.eraser.edit, self.eraser.pooled
         rows = torch.tensor(self.marks).nonzero().flatten()
-        meanings = second.decide(embeddings[rows.to(embeddings.device)])
-        self.add_meanings(meanings)
-        found = rows[torch.tensor([bool(meaning.concepts) for meaning in meanings])]
-        if len(found) == 0:
+        replaced = [False] * len(rows) if pooled is None else self.judge_pooled(pooled, pipelines.pooled_output(result), rows)
+        if edit.mode == "refuse":
+            replaced = [decision.fired for decision in self.decisions[-len(rows) :]]
+        if not any(replaced):
             return None
+        prompt = edit.anchor if pooled is None else pooled.anchor
         with self.enforcer.substitution():
-            anchor = encode_instead(self.pipe, name, second.anchor, args, kwargs, self.input_ids.shape[1])
-        return put_instead(result, anchor, found)
+            anchor = encode_instead(self.pipe, name, prompt, args, kwargs, self.input_ids.shape[1])
+        return put_instead(result, anchor, rows[torch.tensor(replaced)])
+
+    def judge_pooled(
+        self, gate: PooledGate, embeddings: Float[Tensor, "batch d"] | None, rows: Int[Tensor, " n"]
+    ) -> list[bool]:
+        """Tell which rows mean a concept by their pooled embedding, and add that to their decisions.
+
+        Raises:
+            RuntimeError: the text encoder returned no pooled embedding.
+        """
+        if embeddings is None:
+            name = self.eraser.hook_point.encoder
+            raise RuntimeError(f"{name} returned no pooled embedding: the second gate cannot see the prompt; remove the eraser")
+        meanings = gate.decide(embeddings[rows.to(embeddings.device)])
+        self.add_meanings(meanings)
+        return [bool(meaning.concepts) for meaning in meanings]
 
     def add_meanings(self, meanings: Sequence[Meaning]) -> None:
         """Join what a gate on the whole prompt says of the last prompts to their decisions."""

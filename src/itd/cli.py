@@ -188,7 +188,7 @@ class Erase(OnModel):
     """Folder of the autoencoder. The embedded world has its own."""
     hook_point: MaybeStr = None
     """ENCODER:PATH, as text_encoder:encoder.layers.8. By default where the autoencoder was trained."""
-    preset: Literal["default", "style", "paper"] = "default"
+    preset: Literal["default", "style", "strict", "paper"] = "default"
     """Where the other values come from: `default` is ours, `style` edits more, `paper` follows the publication."""
     retained: MaybePath = None
     """Folder of what must stay, encoded once. Made from --retain and --neutral if it is not there, else taken for them."""
@@ -365,7 +365,7 @@ class Evaluate(OnModel):
     """Of concepts, prompts and pictures."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")] = ()
     """Other settings of the protocol, as `n_kept=25 counts=1,5 erase.n_features=64`; an unknown name lists them."""
-    preset: Literal["default", "paper"] = "default"
+    preset: Literal["default", "strict", "paper"] = "default"
     """How erasers are made in the embedded world: `default` is as the protocol says, `paper` follows the publication."""
     eraser: Erasers = ()
     """Folder of an eraser to measure instead of the protocol's own. Repeat the flag to join several."""

@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from itd.explain import Check, PromptMemory
 
 KIND = "eraser"
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate, 4 the draft gate, 5 the window
-of a concept, 6 the picture gate."""
+of a concept, 6 the picture gate, 7 the edit `refuse`."""
 MORE_GATES = ("pooled", "draft", "picture")
 """Fields that hold a gate beside the one on features, or None."""
-EditMode = Literal["scale", "remove", "subtract", "replace"]
-EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace")
+EditMode = Literal["scale", "remove", "subtract", "replace", "refuse"]
+EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace", "refuse")
+ANCHOR = "a picture of something"
+"""The prompt that stands in for others, unless another is named."""
 ENCODER_TOLERANCE = 0.03
 """Relative difference of the probe activation up to which two text encoders are the same one."""
 
@@ -49,6 +51,7 @@ class Edit:
     remove:   x' = x - sum_{j in c} acts_j W_dec[j]
     subtract: x' = x + (strength - 1) sum_{j in c} acts_j W_dec[j]; keeps the autoencoder's error
     replace:  tokens that name the concept take an anchor's activation, the others are edited as by `subtract`
+    refuse:   as `replace`; attached, all that the text encoder says of the prompt is what it says of `anchor`
 
     c: the features of a concept, or the `n_features` of them with the largest weights. Many features tell a concept from its
     neighbours; to edit the few that are most its own spares whatever else the prompt names.
@@ -58,12 +61,19 @@ class Edit:
     strength: float = -3.0
     n_features: int | None = None
     """Features of each concept that are edited; None: all."""
+    anchor: str = ANCHOR
+    """The prompt that is drawn instead, for `refuse`."""
 
     def __post_init__(self) -> None:
         if self.mode not in EDITS:
             raise ValueError(f"edit must be one of {EDITS}, got {self.mode!r}")
         if self.n_features is not None and self.n_features < 1:
             raise ValueError(f"an edit needs at least 1 feature of a concept, or None for all; got {self.n_features}")
+
+    @property
+    def puts_anchors(self) -> bool:
+        """Tell whether activations of an anchor are put in."""
+        return self.mode in ("replace", "refuse")
 
     @property
     def factor(self) -> float:
@@ -95,7 +105,7 @@ class Eraser:
     fingerprint: Float[Tensor, " d_model"] | None = None
     """Probe activation of the text encoder that it was made for."""
     anchors: Float[Tensor, "2 d_model"] | None = None
-    """For `replace`: activations that stand in for the concept's token and for the end of the prompt."""
+    """For `replace` and `refuse`: activations that stand in for the concept's token and for the end of the prompt."""
     records: tuple[dict[str, Any], ...] = ()
     """Per call of `erase` that went into it: calibration, prompts' hashes, settings."""
     often: Int[Tensor, " m"] | None = None
@@ -129,8 +139,8 @@ class Eraser:
                 raise ValueError("the latents in `often` must be distinct, or active ones would be counted twice")
             if not 0 <= int(self.often.min()) <= int(self.often.max()) < n_latents:
                 raise ValueError(f"the latents in `often` must be those of an autoencoder of {n_latents} latents")
-        if self.edit.mode == "replace" and self.anchors is None:
-            raise ValueError("the edit 'replace' needs anchors; make the eraser with itd.erase")
+        if self.edit.puts_anchors and self.anchors is None:
+            raise ValueError(f"the edit {self.edit.mode!r} needs anchors; make the eraser with itd.erase")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,7 +212,7 @@ class Eraser:
         written = self.sae.write(keep_features(codes, self.edited_features(decision.concepts)))
         base = self.sae.decode(codes) if self.edit.mode == "scale" else hidden
         edited = base + self.edit.factor * written
-        if self.edit.mode == "replace":
+        if self.edit.puts_anchors:
             edited = self.put_anchors(edited, content, decision)
         return torch.where(editable[:, None], edited, hidden).to(x.dtype)
 
@@ -241,7 +251,7 @@ class Eraser:
 
     def with_edit(self, mode: EditMode, strength: float | None = None) -> Eraser:
         """Return a copy that edits differently; gate and features stay, and which of them are edited."""
-        return replace(self, edit=Edit(mode, self.edit.strength if strength is None else strength, self.edit.n_features))
+        return replace(self, edit=replace(self.edit, mode=mode, strength=self.edit.strength if strength is None else strength))
 
     def __or__(self, other: Eraser) -> Eraser:
         """Erase what either erases. No training: more concepts are more features.

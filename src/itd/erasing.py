@@ -15,7 +15,7 @@ from itd import pipelines
 from itd.activations import stream
 from itd.discriminants import Discriminants, Others, Own
 from itd.drafts import DraftGate, drafts_of, require_drafts
-from itd.eraser import Edit, EditMode, Eraser, same_encoder
+from itd.eraser import ANCHOR, Edit, EditMode, Eraser, same_encoder
 from itd.features import (
     ConceptFeatures,
     FeatureStats,
@@ -76,8 +76,9 @@ class EraseConfig:
     with `shared`."""
     recall: float | None = None
     """Recall to calibrate to instead; with neither, the paper's 0.99 x minimum over the target prompts."""
-    anchor: str = "a picture of something"
-    """The prompt that stands in: its activations under the edit `replace`, its states behind the second gate."""
+    anchor: str = ANCHOR
+    """The prompt that stands in: its activations under the edit `replace`, its states under `refuse` and behind the gates on
+    the whole prompt."""
     pooled_gate: bool = False
     """A second gate on the pooled embedding of the whole prompt: it stops prompts that mean a concept without its features, and
     gives them the anchor's states. Checking prompts takes the whole text encoder then."""
@@ -119,6 +120,7 @@ class EraseConfig:
 PRESETS: dict[str, EraseConfig] = {
     "default": EraseConfig(),
     "style": EraseConfig(n_edited=64),
+    "strict": EraseConfig(edit="refuse", pooled_gate=True, draft_gate=True),
     "paper": EraseConfig(
         selection="difference",
         score="reconstruction",
@@ -129,8 +131,9 @@ PRESETS: dict[str, EraseConfig] = {
         fpr=None,
     ),
 }
-"""`default` is ours, `style` too, for what is in everything that a prompt names, so that more has to be edited; `paper` follows
-the publication, with its inconsistencies resolved (docs/differences.md)."""
+"""`default` is ours, `style` too, for what is in everything that a prompt names, so that more has to be edited; `strict` draws
+something else for whatever any gate on the prompt finds; `paper` follows the publication, with its inconsistencies resolved
+(docs/differences.md)."""
 
 
 def erase(
@@ -184,11 +187,14 @@ def erase(
     gate = Gate(settings.score, (calibration.threshold,) * len(concepts), settings.strength)
     record = make_record(settings, concepts, held_out, scores[0], calibration, target, kept)
     gates, does = more_gates(pipe, site, positive, kept, settings)
-    return Eraser(
-        sae, site, concepts, gate, Edit(settings.edit, settings.strength, settings.n_edited), pipelines.fingerprint(pipe, site),
+    edit = Edit(settings.edit, settings.strength, settings.n_edited, settings.anchor)
+    eraser = Eraser(
+        sae, site, concepts, gate, edit, pipelines.fingerprint(pipe, site),
         anchor_activations(pipe, site, settings.anchor), (record | does,), kept.stats(settings.k_sel).often(),
         **gates,
     )  # fmt: skip
+    require_harmless(eraser, pipe)
+    return eraser
 
 
 def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retained) -> Eraser:
@@ -226,11 +232,25 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     gates, does = more_gates(pipe, site, positive, kept, settings)
     joined = {kind: eraser.more_gates[kind] | gate for kind, gate in gates.items() if kind in eraser.more_gates}
     records.append(make_record(settings, fresh, held_out, own, parts[-1], target, kept) | does)
-    return replace(
+    more = replace(
         eraser, concepts=concepts, records=tuple(records), **joined,
         gate=replace(eraser.gate, thresholds=(chosen.threshold,) * len(concepts)),
         often=eraser.often if eraser.often is not None else kept.stats(settings.k_sel).often(),
     )  # fmt: skip
+    require_harmless(more, pipe)
+    return more
+
+
+def require_harmless(eraser: Eraser, pipe: Any) -> None:
+    """Raise ValueError if the edit is `refuse` and what it draws instead is itself refused."""
+    if eraser.edit.mode != "refuse":
+        return
+    check = eraser.check(pipe, eraser.edit.anchor)[0]
+    if check.fired:
+        raise ValueError(
+            f"the anchor {eraser.edit.anchor!r} is drawn in the place of refused prompts and is refused itself, for "
+            f"{', '.join(check.concepts)}; give another anchor"
+        )
 
 
 def more_gates(
@@ -523,7 +543,7 @@ def weak_concepts(
 
 
 def anchor_activations(pipe: Any, site: HookPoint, prompt: str) -> Float[Tensor, "2 d_model"]:
-    """Return what stands in under the edit `replace`: the activations of the anchor's last word and of its end."""
+    """Return what stands in under `replace` and `refuse`: the activations of the anchor's last word and of its end."""
     batch = next(stream(pipe, site, PromptSet((Prompt(prompt),))))
     if not batch.content.any():
         raise ValueError(f"the anchor {prompt!r} has no content tokens; give a prompt with words")

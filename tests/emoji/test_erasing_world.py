@@ -115,7 +115,7 @@ def unerased(pipe):
     return drawn(pipe, NAMES)
 
 
-@pytest.mark.parametrize("mode", ["scale", "remove", "subtract", "replace"])
+@pytest.mark.parametrize("mode", ["scale", "remove", "subtract", "replace", "refuse"])
 def test_every_edit_changes_gated_pictures_and_none_that_passes(pipe, erasers, unerased, gated, mode):
     eraser = erasers["evidence"].with_edit(mode, {"scale": -8.0}.get(mode, -3.0))
     with eraser.attach(pipe) as attached:

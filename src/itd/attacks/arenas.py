@@ -12,7 +12,7 @@ from itd import emoji, inputs
 from itd.attacks.base import Budget, Criterion, Goal, System
 from itd.attacks.criteria import ClipNames, Judged
 from itd.attacks.protocol import Arena, Arm, evading_prompts, identity_of, run
-from itd.eraser import Eraser
+from itd.eraser import ANCHOR, EditMode, Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Report
@@ -54,6 +54,8 @@ class AttackConfig:
     that has to hold against attackers should. `itd erase` makes it when asked to."""
     picture_gate: bool = False
     """In the embedded world, without --eraser: the eraser also gates by the finished picture."""
+    edit: EditMode = "subtract"
+    """In the embedded world, without --eraser: what is done to a prompt that fires; `refuse` draws a tree instead."""
     quick: bool = False
     """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
 
@@ -101,6 +103,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
         "pooled_gate": stated.pooled_gate,
         "draft_gate": stated.draft_gate,
         "picture_gate": stated.picture_gate,
+        "edit": stated.edit,
     }
     world = World(out, "attack", options)
     rng = random.Random(stated.seed)
@@ -109,7 +112,8 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
         settings = EraseConfig(
-            pooled_gate=stated.pooled_gate, draft_gate=stated.draft_gate, picture_gate=stated.picture_gate, **emoji.PICTURES
+            edit=stated.edit, anchor=emoji.ANCHOR if stated.edit == "refuse" else ANCHOR, pooled_gate=stated.pooled_gate,
+            draft_gate=stated.draft_gate, picture_gate=stated.picture_gate, **emoji.PICTURES,
         )  # fmt: skip
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
         eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), settings).eraser

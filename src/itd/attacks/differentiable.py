@@ -95,13 +95,13 @@ def edit_prompt(
 ) -> Float[Tensor, "tokens d_model"]:
     """Edit one prompt by the features of some concepts of the eraser, whoever decided that they are in it.
 
-    `named`: which content tokens name a concept; the edit `replace` puts the anchor there.
+    `named`: which content tokens name a concept; the edits `replace` and `refuse` put the anchor there.
     """
     sae, codes = eraser.sae, encode(eraser.sae, x)
     part = written(sae, codes, eraser.edited_features(concepts))
     base = written(sae, codes) + sae.b_dec if eraser.edit.mode == "scale" else x
     edited = base + eraser.edit.factor * part
-    if eraser.edit.mode == "replace":
+    if eraser.edit.puts_anchors:
         assert eraser.anchors is not None
         positions = content.nonzero().flatten()
         behind = torch.arange(len(x), device=x.device) > positions[-1]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from itd import pipelines
@@ -94,9 +94,13 @@ def encode(
         for hook in hooks:
             hook.remove()
     encoded = Encoded(output.last_hidden_state, output.pooler_output, torch.stack(margins) if margins else None)
-    if eraser is not None and eraser.pooled is not None:
+    if eraser is None:
+        return encoded
+    if eraser.pooled is not None:
         encoded = behind_gate(pipe, eraser.pooled, encoded, encoded.pooled)
-    if eraser is not None and eraser.draft is not None:
+    if eraser.edit.mode == "refuse" and encoded.margins is not None:
+        encoded = put_anchor(pipe, eraser.edit.anchor, encoded, encoded.margins >= 0)
+    if eraser.draft is not None:
         encoded = behind_gate(pipe, eraser.draft, encoded, draft(pipe, encoded.states))
     return encoded
 
@@ -105,13 +109,17 @@ def behind_gate(pipe: Any, gate: Discriminants, encoded: Encoded, vectors: Float
     """Return what a gate on the whole prompt lets through; the decision is hard, the closest gate's margin has a gradient."""
     assert encoded.margins is not None
     margins = gate.scores(vectors).amax(1) - gate.part_way
-    closest, fired = torch.maximum(encoded.margins, margins), margins.detach() >= 0
+    closest = encoded._replace(margins=torch.maximum(encoded.margins, margins))
+    return put_anchor(pipe, gate.anchor, closest, margins >= 0)
+
+
+def put_anchor(pipe: Any, prompt: str, encoded: Encoded, fired: Bool[Tensor, " batch"]) -> Encoded:
+    """Give the prompts that fired what the text encoder says of another prompt; margins stay."""
     if not fired.any():
-        return encoded._replace(margins=closest)
-    anchor = encode_texts(pipe, [gate.anchor])
+        return encoded
+    anchor = encode_texts(pipe, [prompt])
     states = torch.where(fired[:, None, None], anchor.states, encoded.states)
-    pooled = torch.where(fired[:, None], anchor.pooled, encoded.pooled)
-    return Encoded(states, pooled, closest)
+    return encoded._replace(states=states, pooled=torch.where(fired[:, None], anchor.pooled, encoded.pooled))
 
 
 def encode_texts(pipe: Any, texts: Sequence[str]) -> Encoded:

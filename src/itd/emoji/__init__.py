@@ -31,6 +31,8 @@ GUIDANCE_SCALE = 3.0
 STEPS = 25
 PICTURES: dict[str, Any] = {"picture_steps": STEPS, "picture_guidance": GUIDANCE_SCALE}
 """Settings of `itd.EraseConfig` with which a picture gate is made from pictures as they are drawn here."""
+ANCHOR = "a picture of a tree"
+"""What is drawn here in the place of a refused prompt."""
 
 
 def model_folder() -> Path:
