@@ -12,9 +12,9 @@ import tyro
 
 from benchmarks.rivals.edits import EDITS, GateAndEdit
 from benchmarks.rivals.esd import ErasedDiffusion
-from benchmarks.rivals.gates import GATES
+from benchmarks.rivals.gates import EDITED, GATES
 from benchmarks.rivals.safree import Safree
-from benchmarks.rivals.systems import NegativePrompt, NoErasure, Projection, SafeLatentDiffusion
+from benchmarks.rivals.systems import Itd, NegativePrompt, NoErasure, Projection, SafeLatentDiffusion
 from benchmarks.rivals.table import Case, run
 from benchmarks.rivals.task import Maker, Task
 from benchmarks.rivals.uce import UnifiedConceptEditing
@@ -72,7 +72,8 @@ def makers_of(config: RivalsConfig) -> list[Maker]:
         NegativePrompt(), SafeLatentDiffusion(), Safree(), Projection(), UnifiedConceptEditing(),
         ErasedDiffusion(n_steps=config.esd_steps, lr=config.esd_lr, seed=config.seed),
     ]  # fmt: skip
-    systems += [GateAndEdit(gate, edit) for gate in GATES for edit in EDITS]
+    systems += [GateAndEdit(gate, edit) for gate in EDITED for edit in EDITS]
+    systems += [Itd(), Itd("strict")]
     unknown = set(config.only) - {maker.name for maker in systems}
     if unknown:
         raise ValueError(f"only must name systems of {', '.join(maker.name for maker in systems)}; got {sorted(unknown)[0]!r}")

@@ -134,9 +134,23 @@ class Features:
         return Gate(self.name, lambda prompts: eraser_scores(task.pipe, eraser, prompts), eraser.gate.thresholds[0])
 
 
-GATES: tuple[GateMaker, ...] = (
+@dataclass(frozen=True)
+class Shipped:
+    """The first gate of `itd.erase` as it is shipped: a threshold and a false-positive rate of its own for every concept."""
+
+    name: ClassVar[str] = "itd"
+
+    def __call__(self, task: Task) -> Gate:
+        eraser = shipped_eraser(task, "default")
+        return Gate(self.name, lambda prompts: eraser_scores(task.pipe, eraser, prompts), eraser.gate.thresholds[0])
+
+
+EDITED: tuple[GateMaker, ...] = (
     StringMatch(), Cosine(), Probe(), Features("reconstruction"), Features("contribution"), Features("evidence"),
 )  # fmt: skip
+"""Gates that are combined with every edit."""
+GATES: tuple[GateMaker, ...] = (*EDITED, Shipped())
+"""Gates that are compared alone."""
 
 
 def make_eraser(task: Task, score: Literal["evidence", "contribution", "reconstruction"] = "evidence") -> Eraser:
@@ -144,6 +158,12 @@ def make_eraser(task: Task, score: Literal["evidence", "contribution", "reconstr
     config = EraseConfig(score=score, calibration="shared", fpr=task.fpr)
     sets = (task.target, task.retain, task.neutral)
     return task.once(f"eraser {score}", lambda: erase(task.pipe, task.sae, task.site, *sets, config))
+
+
+def shipped_eraser(task: Task, preset: str) -> Eraser:
+    """Return what `itd.erase` makes of the task by a preset, whatever rate the others are calibrated to."""
+    sets = (task.target, task.retain, task.neutral)
+    return task.once(f"shipped {preset}", lambda: erase(task.pipe, task.sae, task.site, *sets, preset))
 
 
 @torch.no_grad()

@@ -1,17 +1,17 @@
-"""Whole systems that need no training: no erasure, the negative prompt, safe latent diffusion, text-embedding projection."""
+"""Whole systems that need no training: no erasure, negative prompt, safe latent diffusion, text-embedding projection, itd."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.rivals.gates import pooled
+from benchmarks.rivals.gates import pooled, shipped_eraser
 from benchmarks.rivals.task import Call, Rival, Task, draw_in_batches
 from itd.attacks.base import System
 from itd.attacks.diffusion import encode_texts
@@ -44,6 +44,35 @@ class Bare:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "n 3 h w"]:
         return System(self.pipe, None, self.task.options).draw(prompts, seeds).images
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """An eraser on the pipeline, enforced as a user has it."""
+
+    name: str
+    system: System
+
+    def fired(self, prompts: Sequence[str]) -> list[bool]:
+        assert self.system.eraser is not None
+        return [check.fired for check in self.system.eraser.check(self.system.pipe, prompts)]
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "n 3 h w"]:
+        return self.system.draw(prompts, seeds).images
+
+
+@dataclass(frozen=True)
+class Itd:
+    """`itd.erase` with a preset, and nothing else set."""
+
+    preset: Literal["default", "strict"] = "default"
+
+    @property
+    def name(self) -> str:
+        return "itd" if self.preset == "default" else f"itd, {self.preset}"
+
+    def __call__(self, task: Task) -> Rival:
+        return Attached(self.name, System(task.pipe, shipped_eraser(task, self.preset), task.options))
 
 
 @dataclass(frozen=True)

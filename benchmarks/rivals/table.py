@@ -17,7 +17,7 @@ from benchmarks.rivals.task import Maker, Task
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Measures, Report, Section
 from itd.metrics.detection import harmonic_mean
-from itd.metrics.intervals import Rate, rate
+from itd.metrics.intervals import NOTHING, Rate, interval_of, rate, wilson
 
 UNCHANGED = 2 / 255
 """A picture is unchanged if no value differs by more than this: what rounding in another batch does not reach."""
@@ -59,7 +59,8 @@ COLUMNS = (
     Column("false_positives_general", False, "prompts of everything else that the gate flags"),
     Column("setup_seconds", False, "time to train, edit or calibrate"),
 )
-TIED_BY_INTERVAL = {column.name for column in COLUMNS} - {"setup_seconds", "harmonic_mean"}
+N_DRAWS = 2000
+"""Bootstrap draws of the harmonic mean's interval."""
 KINDS = ("erased", "kept", "general")
 
 
@@ -114,17 +115,40 @@ def measures_of(cell: Mapping[str, Any], cases: Sequence[Case], none: Mapping[st
         if cell["fired"] is not None:
             found["recall" if kind == "erased" else f"false_positives_{kind}"] = rate(cell["fired"][i] for i in rows)
     if none is not None:
-        kept = [i for i, case in enumerate(cases) if case.kind == "kept"]
-        found["harmonic_mean"] = harmonic(cell, none, cases, kept, float(value_of(found["shown_erased"])))
+        found["harmonic_mean"] = harmonic(cell, none, cases)
     return found | {"setup_seconds": float(cell["setup_seconds"])}
 
 
-def harmonic(
-    cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[Case], kept: Sequence[int], shown_erased: float
-) -> float:
-    """Return the harmonic mean of what is gone and what is kept, the latter as a share of what is seen without erasure."""
-    after, before = (sum(cases[i].noun in side["seen"][i] for i in kept) for side in (cell, none))
-    return harmonic_mean(1 - shown_erased, min(1.0, after / before)) if before else math.nan
+def harmonic(cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[Case]) -> Rate:
+    """Return the harmonic mean of what is gone and what is kept, the latter as a share of what is seen without erasure.
+
+    With the interval of a bootstrap over concepts; where the mean is 0 or 1, the Wilson interval of as many concepts.
+    """
+
+    def counts(kind: str, sides: Sequence[Mapping[str, Any]]) -> Float[Tensor, "concepts counts"]:
+        """Return per concept how often each side shows it, and how many pictures there are."""
+        rows: dict[str, list[list[float]]] = {}
+        for i, case in enumerate(cases):
+            if case.kind == kind:
+                rows.setdefault(case.noun, []).append([*(float(case.noun in side["seen"][i]) for side in sides), 1.0])
+        return torch.tensor([[sum(column) for column in zip(*found, strict=True)] for found in rows.values()])
+
+    erased, kept = counts("erased", [cell]), counts("kept", [cell, none])
+
+    def mean_of(erased: Float[Tensor, "concepts 2"], kept: Float[Tensor, "concepts 3"]) -> float:
+        (shown, n), (after, before, _) = erased.sum(0).tolist(), kept.sum(0).tolist()
+        return harmonic_mean(1 - shown / n, min(1.0, after / before)) if before else math.nan
+
+    value, n = mean_of(erased, kept), int(erased[:, 1].sum() + kept[:, 2].sum())
+    if not 0 < value < 1:
+        bounds = wilson(round(value * len(erased)), len(erased)) if value == value else NOTHING
+        return Rate(value, bounds.low, bounds.high, n)
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        mean_of(*(side[torch.randint(len(side), (len(side),), generator=generator)] for side in (erased, kept)))
+        for _ in range(N_DRAWS)
+    ]
+    return Rate(value, *interval_of(torch.tensor(draws).nan_to_num(0.0), 0.95), n)
 
 
 def gate_measures_of(cell: Mapping[str, Any], probes: Sequence[Case]) -> dict[str, Rate | float]:

@@ -14,7 +14,7 @@ from benchmarks.rivals.edits import EDITS, GateAndEdit, Gated, edited_states, na
 from benchmarks.rivals.esd import ErasedDiffusion, cross_attention
 from benchmarks.rivals.gates import GATES, Cosine, Features, Gate, Probe, StringMatch, make_eraser, mean_activations
 from benchmarks.rivals.safree import Filtered, Safree, trigger_tokens
-from benchmarks.rivals.systems import NegativePrompt, NoErasure, Projection, SafeLatentDiffusion, span_projection
+from benchmarks.rivals.systems import Itd, NegativePrompt, NoErasure, Projection, SafeLatentDiffusion, span_projection
 from benchmarks.rivals.task import Maker, Task, copy_with
 from benchmarks.rivals.uce import UnifiedConceptEditing, last_states, text_layers
 from itd import Eraser, PromptSet
@@ -26,7 +26,7 @@ from itd.prompts import Split
 OPTIONS = {"num_inference_steps": 3, "guidance_scale": 2.0, "height": 16, "width": 16}
 WHOLE: tuple[Maker, ...] = (
     NoErasure(), NegativePrompt(), SafeLatentDiffusion(warmup=0), Safree(alpha=0.0, gamma=50.0), Projection(),
-    UnifiedConceptEditing(), ErasedDiffusion(n_steps=2, lr=1e-2, sampling_steps=2),
+    UnifiedConceptEditing(), ErasedDiffusion(n_steps=2, lr=1e-2, sampling_steps=2), Itd(),
 )  # fmt: skip
 
 
@@ -217,6 +217,17 @@ def test_an_unknown_edit_is_named() -> None:
 
 
 # Whole systems
+
+
+def test_itd_is_the_eraser_attached(task: Task) -> None:
+    asked = (["a photo of a house", "a photo of a dog"], [3, 4])
+    ours, bare = Itd()(task), NoErasure()(task)
+    assert ours.fired(asked[0]) == [True, False]
+    images, plain = ours.draw(*asked), bare.draw(*asked)
+    assert not torch.allclose(images[0], plain[0], atol=1e-3)
+    assert torch.allclose(images[1], plain[1], atol=1e-5)
+    eraser = task.made["shipped default"][0]
+    assert (eraser.edit.mode, eraser.records[0]["config"]["fpr"]) == ("subtract", 0.002), "not the rate of the comparison"
 
 
 def test_the_negative_prompt_is_that_of_the_pipeline(task: Task) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.rivals import __main__ as command
-from benchmarks.rivals.gates import GATES, Gate
-from benchmarks.rivals.table import COLUMNS, Case, measures_of, run, winner_of, winners_of
+from benchmarks.rivals.gates import EDITED, Gate
+from benchmarks.rivals.table import COLUMNS, Case, harmonic, measures_of, run, winner_of, winners_of
 from itd.evaluation.ledger import Ledger
-from itd.metrics.intervals import rate
+from itd.metrics.intervals import Rate, rate, wilson
 from itd.templates import TEMPLATES
 
 CASES = [
@@ -85,9 +85,23 @@ def test_the_columns_by_hand() -> None:
 def test_keeping_is_relative_to_what_is_seen_without_erasure() -> None:
     none = {**NONE, "seen": [["house"], ["boat"], ["cat"], ["wolf"], ["cup"]]}
     erased = {**NONE, "seen": [["x"], ["x"], ["cat"], ["wolf"], ["cup"]]}
-    assert measures_of(erased, CASES, none)["harmonic_mean"] == 1.0
+    assert harmonic(erased, none, CASES) == Rate(1.0, *wilson(2, 2)[1:3], 4)
     blind = {**NONE, "seen": [["x"]] * 5}
-    assert math.isnan(measures_of(erased, CASES, blind)["harmonic_mean"])  # type: ignore[arg-type]
+    assert math.isnan(harmonic(erased, blind, CASES).value)
+
+
+def test_the_interval_of_the_harmonic_mean_is_over_concepts() -> None:
+    cases = [Case(kind, f"{kind} {i // 2}", "", i) for kind in ("erased", "kept") for i in range(20)]
+    every, nothing = [[case.noun] for case in cases], [[] for _ in cases]
+    none = {**NONE, "seen": every}
+    once = {**NONE, "seen": [["erased 0"], *nothing[1:20], *every[20:]]}
+    found = harmonic(once, none, cases)
+    assert found.value == pytest.approx(2 * 0.95 / 1.95)
+    assert found.high == 1.0, "one concept of ten is left out of some draws"
+    assert found.low == pytest.approx(2 * 0.85 / 1.85, abs=0.03)
+    perfect = harmonic({**NONE, "seen": [*nothing[:20], *every[20:]]}, none, cases)
+    table = {"perfect": {"harmonic_mean": perfect}, "once": {"harmonic_mean": found}}
+    assert winners_of(table) == [("harmonic_mean", ("perfect",), ("once",))]
 
 
 def test_winners_and_ties_by_hand() -> None:
@@ -142,8 +156,8 @@ def test_all_gates_meet_all_edits_and_the_systems_are_there() -> None:
     names = [maker.name for maker in command.makers_of(command.RivalsConfig())]
     assert names[0] == "none"
     assert {"negative prompt", "safe latent diffusion", "safree", "uce", "esd-x", "projection"} <= set(names)
-    assert {f"{gate.name} + {edit}" for gate in GATES for edit in ("paper", "remove", "subtract", "replace")} <= set(names)
-    assert len(names) == len(set(names)) == 1 + 6 + 24
+    assert {f"{gate.name} + {edit}" for gate in EDITED for edit in ("paper", "remove", "subtract", "replace")} <= set(names)
+    assert len(names) == len(set(names)) == 1 + 6 + 24 + 2
     assert [maker.name for maker in command.makers_of(command.RivalsConfig(only=("uce",)))] == ["none", "uce"]
     with pytest.raises(ValueError, match="got 'uco'"):
         command.makers_of(command.RivalsConfig(only=("uco",)))
