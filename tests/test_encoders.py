@@ -61,6 +61,14 @@ def test_a_prompt_is_encoded_alike_alone_and_beside_a_longer_one(bert: TextPipel
     assert torch.allclose(alone, beside, atol=1e-6)
 
 
+def test_the_pooled_embedding_is_the_mean_state_whatever_the_padding(bert: TextPipeline) -> None:
+    texts = ["a cat", "two people and a small boat on a table"]
+    found = pipelines.pooled_embeddings(bert, "text_encoder", texts)
+    for row, text in zip(found, texts, strict=True):
+        states = bert.text_encoder(bert.tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0]
+        assert torch.allclose(row, states.mean(0) / states.mean(0).norm(), atol=1e-5)
+
+
 def test_states_depend_on_what_follows_so_prefixes_are_not_folded(bert: TextPipeline) -> None:
     first, second = states(bert, "a cat", "a cat by a window")
     assert float((first[:2] - second[:2]).abs().max()) > 1e-4

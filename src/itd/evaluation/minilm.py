@@ -27,13 +27,14 @@ from itd.evaluation.gate import promises, roc_line
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.public_prompts import TASKS, Deal, Material, TaskName, find_folder, load_material
 from itd.evaluation.results import Measures, Report, Section
-from itd.evaluation.world import Made, Sets, deal, gate_margins, weights_sha256
+from itd.evaluation.world import Made, Sets, deal, digest_of, gate_margins, weights_sha256
 from itd.gate import ScoreName, threshold_for_fpr
 from itd.hooks import HookPoint
 from itd.metrics.detection import roc
 from itd.metrics.intervals import Rate, clustered_rate, rate
 from itd.metrics.reconstruction import reconstruction_of
 from itd.plots import line_plot
+from itd.pooled import PooledGate
 from itd.prompts import PromptSet, check_leaks
 from itd.retained import Retained
 from itd.sae import SAE, SAEConfig
@@ -42,6 +43,8 @@ from itd.training import TrainConfig, train
 ENCODER = "text_encoder"
 BARS = {"recall": 0.97, "fpr_kept": 0.01, "fpr_general": 0.003}
 """Recall on the test prompts is to be at least, false positives at most this."""
+POOLED_RATES = (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01)
+"""Rates that are tried for the gate on the pooled embedding."""
 LOST_RECALL = 0.003
 """What recall on `choose` prompts may be given up for fewer false positives: a tenth of what the bar leaves open."""
 Selection = Literal["token", "fisher", "evidence"]
@@ -102,6 +105,8 @@ class MiniLM:
     """Where prompts are cut."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How the autoencoders are trained."""
+    pooled_gate: bool = True
+    """Whether the gate on the pooled embedding of the whole prompt is added where it finds more within the bars."""
     seed: int = 0
     """Of the splits."""
 
@@ -290,8 +295,11 @@ class Bench:
         best = max(trials, key=rank)
         candidate, config = Candidate(**best["candidate"]), EraseConfig(**best["config"])
         fpr = self.pick_rate(material, best)
+        config = replace(config, fpr=fpr)
+        if self.protocol.pooled_gate:
+            config = self.with_pooled_gate(material, best, config)
         shown = [{key: value for key, value in trial.items() if key not in PER_PROMPT} for trial in trials]
-        return {"candidate": asdict(candidate), "config": asdict(replace(config, fpr=fpr)), "fpr": fpr, "trials": shown}
+        return {"candidate": asdict(candidate), "config": asdict(config), "fpr": fpr, "trials": shown}
 
     def trial(self, material: Material, candidate: Candidate, config: EraseConfig) -> dict[str, Any]:
         """Measure one way on the `choose` prompts, and keep the scores that the rate is picked with."""
@@ -335,11 +343,54 @@ class Bench:
         rates = rates_apart(len(calibrate), self.protocol.max_fpr)
         for fpr in rates:
             threshold = threshold_for_fpr(calibrate, fpr)
-            kept, *general = (share(side, threshold) for side in (trial["kept"], *trial["sources"].values()))
-            if (kept <= BARS["fpr_kept"] or not material.kept_must_pass) and max(general) <= BARS["fpr_general"]:
+            sides = {"kept": trial["kept"], **trial["sources"]}
+            if within_bars({name: share(margins, threshold) for name, margins in sides.items()}, material):
                 allowed[fpr] = share(trial["positives"], threshold)
         most = max(allowed.values(), default=0.0)
         return min((fpr for fpr, recall in allowed.items() if recall >= most - LOST_RECALL), default=rates[0])
+
+    def with_pooled_gate(self, material: Material, trial: Mapping[str, Any], config: EraseConfig) -> EraseConfig:
+        """Return the settings with the second gate, if both gates together find more of the `choose` prompts within the bars.
+
+        Of the rates whose recall is next to the best the smallest.
+        """
+        threshold = threshold_for_fpr(tensor(trial["calibrate"]), float(config.fpr or 0))
+        sides = {"target": (material.target["choose"], trial["positives"])}
+        sides |= {"kept": (material.kept["choose"], trial["kept"])} if material.kept_must_pass else {}
+        sides |= {name: (source["choose"], trial["sources"][name]) for name, source in material.general.items()}
+        first = {name: tensor(margins) >= threshold for name, (_, margins) in sides.items()}
+        shares = self.pooled_shares(material, {name: prompts for name, (prompts, _) in sides.items()}, first)
+        found = {fpr: row["target"] for fpr, row in shares.items() if within_bars(row, material)}
+        most, alone = max(found.values(), default=0.0), float(first["target"].double().mean())
+        if most <= alone + LOST_RECALL:
+            return config
+        chosen = min(fpr for fpr, recall in found.items() if recall >= most - LOST_RECALL)
+        return replace(config, pooled_gate=True, pooled_fpr=chosen)
+
+    def pooled_shares(
+        self, material: Material, asked: Mapping[str, PromptSet], first: Mapping[str, Tensor]
+    ) -> dict[float, dict[str, float]]:
+        """Return, per rate of the second gate, the share of each side's prompts on which it or the first gate fires."""
+        key = f"pooled {material.task} {digest_of([str(flag) for flags in first.values() for flag in flags.tolist()])}"
+
+        def embed(prompts: PromptSet) -> Tensor:
+            return pipelines.pooled_embeddings(self.pipe, ENCODER, prompts.texts)
+
+        def measure() -> list[tuple[float, dict[str, float]]]:
+            others = embed(merged(material, "fit")), embed(merged(material, "calibrate"))
+            own = {
+                name: (embed(material.target["fit"].about(name)), embed(material.target["calibrate"].about(name)))
+                for name in material.target["fit"].concepts
+            }
+            vectors = {name: embed(prompts) for name, prompts in asked.items()}
+            rows = []
+            for fpr in POOLED_RATES:
+                gate = PooledGate.fit(own, others, fpr, "")
+                fired = {name: (gate.scores(x) >= gate.part_way).any(1) | first[name] for name, x in vectors.items()}
+                rows.append((fpr, {name: float(flags.double().mean()) for name, flags in fired.items()}))
+            return rows
+
+        return {fpr: row for fpr, row in self.ledger.cell(key, measure)}
 
     def test(self, material: Material, picked: Mapping[str, Any]) -> Margins:
         """Make the eraser that was picked and look at the test prompts."""
@@ -398,6 +449,12 @@ class Bench:
         return found
 
 
+def within_bars(shares: Mapping[str, float], material: Material) -> bool:
+    """Tell whether the shares of kept and general prompts that fire are within the bars."""
+    kept = not material.kept_must_pass or shares["kept"] <= BARS["fpr_kept"]
+    return kept and all(shares[source] <= BARS["fpr_general"] for source in material.general)
+
+
 def rank(trial: Mapping[str, Any]) -> tuple[float, float]:
     """Order trials by the recall within the bars; where it is the same, by the areas under the curves."""
     return trial["recall_at_bars"], trial["auroc_kept"] + trial["auroc_general"]
@@ -409,7 +466,8 @@ def known(prompts: Mapping[Deal, PromptSet]) -> PromptSet:
 
 def settings_name(config: EraseConfig) -> str:
     spread = f", eps {config.eps:g}" if config.selection == "evidence" else ""
-    return f"{config.selection}, {config.score}, {config.n_features} features{spread}"
+    pooled = f", and the pooled gate at a rate of {config.pooled_fpr:g}" if config.pooled_gate else ""
+    return f"{config.selection}, {config.score}, {config.n_features} features{spread}{pooled}"
 
 
 @torch.no_grad()
@@ -465,9 +523,8 @@ def meets(rates: Mapping[str, Rate | float], material: Material) -> bool:
         found = rates[name]
         return found.value if isinstance(found, Rate) else found
 
-    kept = not material.kept_must_pass or value("fpr_kept") <= BARS["fpr_kept"]
-    general = all(value(f"fpr_{source}") <= BARS["fpr_general"] for source in material.general)
-    return kept and general and value("recall") >= BARS["recall"]
+    shares = {name: value(f"fpr_{name}") for name in ("kept", *material.general)}
+    return within_bars(shares, material) and value("recall") >= BARS["recall"]
 
 
 def task_section(task: str, picked: Mapping[str, Any], results: Mapping[str, Margins]) -> Section:
