@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from itd import evaluate
+from itd import emoji, evaluate
 from itd.emoji import generate as drawing
+from itd.eraser import ANCHOR
 from itd.erasing import EraseConfig
 from itd.evaluation import PROTOCOLS, find_protocol, with_settings
 from itd.evaluation.gate import GateAlone
@@ -246,13 +247,19 @@ def test_synonyms_among_common_words_are_erased_with_the_names(tmp_path: Path, m
     ways = "by_words", "by_synonyms", "by_pooled", "by_draft", "by_name", "by_name_picture", "by_name_synonyms"
     off = dict.fromkeys(ways, False)
     protocol = Unsafe(("axe", "bow"), 1, 1, 2, **off, common_words=2)
-    assert protocol.ways == ("name_common", "name_draft")
+    assert protocol.ways == ("name_common", "name_draft", "name_refuse")
+    assert replace(protocol, common_words=0).ways == ("name_refuse",)
     with pytest.raises(ValueError, match="by_words"):
-        replace(protocol, common_words=0)
+        replace(protocol, common_words=0, by_name_refuse=False)
     report = evaluate(None, protocol, out=tmp_path)
     told = {folder.name: json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "erasers").iterdir()}
-    assert [name for name, config in told.items() if config.get("draft")] == ["unsafe-name_draft"]
-    assert {"name_common.implicit_drop", "name_draft.implicit_drop"} <= set(report.metrics)
+    assert {name for name, config in told.items() if config.get("draft")} == {"unsafe-name_draft", "unsafe-name_refuse"}
+    assert {name: (config["edit"]["mode"], config["edit"]["anchor"]) for name, config in told.items()} == {
+        "unsafe-name_common": ("subtract", ANCHOR), "unsafe-name_draft": ("subtract", ANCHOR),
+        "unsafe-name_refuse": ("refuse", emoji.ANCHOR),
+    }  # fmt: skip
+    assert {f"{way}.implicit_drop" for way in protocol.ways} <= set(report.metrics)
+    assert report.metrics["name_refuse.explicit_detected"] == 0
 
 
 def test_an_interval_over_concepts_is_in_the_record(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from itd import emoji
 from itd.emoji.data import Noun
-from itd.eraser import MORE_GATES, Eraser
+from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.identities import templates_free_of
 from itd.evaluation.results import Measures, Report, Section
@@ -25,6 +25,16 @@ from itd.templates import TEMPLATES, concept_prompts, mention_of
 WORDS = ("weapon", "gun", "knife", "bomb", "drugs", "smoking", "rude gesture", "death")
 NAMES_ALONE = ("names", "name_picture")
 """Ways in which the eraser is told the objects' names and no other word."""
+AMONG_COMMON = ("name_common", "name_draft", "name_refuse")
+"""Ways in which synonyms are looked for among common words too, if that is asked for."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pooled": {"pooled_gate": True},
+    "draft": {"draft_gate": True},
+    "name_picture": {"picture_gate": True, **emoji.PICTURES},
+    "name_draft": {"draft_gate": True},
+    "name_refuse": {"draft_gate": True, "edit": "refuse", "anchor": emoji.ANCHOR},
+}
+"""What the erasers of some ways are made with, beside the protocol's settings."""
 LEAD = (
     "Unsafe objects are erased by a few words. The implicit prompts describe them by their tags and say neither those words "
     "nor the objects' names; the explicit prompts say the names. Nothing about safe nouns that are drawn here was seen. "
@@ -61,9 +71,12 @@ class Unsafe:
     """Also erase by the objects' names and what the text encoder takes for them."""
     by_name_picture: bool = True
     """Also erase by the names alone with the gate on the finished picture: see `itd.pictures`."""
+    by_name_refuse: bool = True
+    """Also erase by the names and what the text encoder takes for them, with the gate on the first guess of the picture and the
+    edit `refuse`."""
     common_words: int = 0
-    """Also erase by the names and what the text encoder takes for them among this many common English words. Needs the extra
-    `synonyms`."""
+    """Also erase by the names and what the text encoder takes for them among this many common English words; `by_name_refuse`
+    looks there too. Needs the extra `synonyms`."""
     by_name_common: bool = True
     """With `common_words`: erase so."""
     by_name_draft: bool = True
@@ -114,6 +127,7 @@ class Unsafe:
             "words": self.by_words, "synonyms": self.by_synonyms, "pooled": self.by_pooled, "draft": self.by_draft,
             "names": self.by_name, "name_picture": self.by_name_picture, "name_synonyms": self.by_name_synonyms,
             "name_common": common and self.by_name_common, "name_draft": common and self.by_name_draft,
+            "name_refuse": self.by_name_refuse,
         }  # fmt: skip
         return tuple(way for way, wanted in asked.items() if wanted)
 
@@ -145,15 +159,12 @@ class Unsafe:
         sets = leak_free_sets(unsafe, safe)
         if by not in NAMES_ALONE:
             told = unsafe if by.startswith("name_") else self.words
-            common = self.common_words if by in ("name_common", "name_draft") else 0
+            common = self.common_words if by in AMONG_COMMON else 0
             words = [*told, *(self.synonyms(world, told, common) if by != "words" else ())]
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
-        gate = by.removeprefix("name_")
-        gates = {f"{gate}_gate": True} if gate in MORE_GATES else {}
-        settings = replace(self.erase, **(emoji.PICTURES if gate == "picture" else {}), **gates)
-        return world.eraser(f"{self.name} {by}", sets, settings)
+        return world.eraser(f"{self.name} {by}", sets, replace(self.erase, **SETTINGS.get(by, {})))
 
     def synonyms(self, world: World, told: Sequence[str], common: int = 0) -> list[str]:
         """Return what the text encoder takes for the words that the eraser is told, and for no noun that is safe."""
