@@ -171,6 +171,20 @@ def test_an_added_concept_gets_its_direction(pipe: Any, sae: SAE) -> None:
     assert more.picture.names == ("cat", "boat")
 
 
+def test_pictures_of_a_concept_are_drawn_without_guidance_too(pipe: Any, sae: SAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], float | None]] = []
+
+    def record(pipe: Any, prompts: Any, steps: int | None, guidance: float | None, seed: int) -> Tensor:
+        asked.append((list(prompts), guidance))
+        return drawn_features(pipe, prompts, steps, guidance, seed)
+
+    monkeypatch.setattr("itd.erasing.drawn_features", record)
+    erase(pipe, sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=replace(MADE, picture_guidance=4.0))
+    unguided = [texts for texts, guidance in asked if guidance == 1.0]
+    assert unguided == [texts for texts, guidance in asked[:1] if guidance == 4.0], "those that it is fitted on, not calibrated"
+    assert len(asked) == 5, "fitted on and calibrated on, of the concept and of others, and the further ones"
+
+
 def test_a_pipeline_whose_pictures_cannot_be_read_is_refused_before_anything_is_drawn(xl_pipe: Any) -> None:
     with pytest.raises(ValueError, match="StableDiffusionXLPipeline has others; make the eraser without picture_gate"):
         erase(xl_pipe, make_sae(xl_pipe), SITE, prompts_of("cat"), OTHER_NOUNS, config=MADE)

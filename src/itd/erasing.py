@@ -27,7 +27,7 @@ from itd.features import (
 )
 from itd.gate import PART_WAY, Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, unit_apart
 from itd.hooks import HookPoint
-from itd.pictures import PictureGate, drawn_features
+from itd.pictures import UNGUIDED, PictureGate, drawn_features
 from itd.pooled import PooledGate
 from itd.prompts import Prompt, PromptSet, check_leaks
 from itd.retained import Retained, check_given_splits, encode_prompts, require_site, split_negative
@@ -265,8 +265,8 @@ def more_gates(
     def keep(gate: Discriminants, own: Own, others: Others, fpr: float) -> None:
         gates[gate.kind], does[gate.kind] = gate, rates_of(gate, own, others, fpr)
 
-    def draw(prompts: PromptSet) -> Tensor:
-        return drawn_features(pipe, prompts.texts, config.picture_steps, config.picture_guidance, config.seed)
+    def draw(prompts: PromptSet, guidance: float | None = config.picture_guidance) -> Tensor:
+        return drawn_features(pipe, prompts.texts, config.picture_steps, guidance, config.seed)
 
     if config.pooled_gate:
         whole = kept.fit, kept.calibrate
@@ -278,6 +278,8 @@ def more_gates(
         keep(draft, own, others, config.draft_fpr)
     if config.picture_gate:
         own, others = vectors_of(positive, some(MOST_PICTURES), draw)
+        fit = positive.of("fit")
+        own = {name: (torch.cat([x, draw(fit.about(name), UNGUIDED)]), held_out) for name, (x, held_out) in own.items()}
         picture = PictureGate.fit_towards(own, others, PictureGate.origin_of(pipe), config.picture_fpr, config.anchor)
         keep(picture, own, others, config.picture_fpr)
     return gates, does

@@ -31,6 +31,8 @@ BLACK = -1.0
 """What the values of a picture become that fires."""
 NOISED = (0.3, 0.6)
 """How far along the timesteps a picture is noised when it is read; a little and much, for details and for the whole."""
+UNGUIDED = 1.0
+"""Guidance scale of further pictures of a concept: without guidance it is drawn in more ways than one."""
 GRID = 2
 """Side of the grid of squares over which the middle block's features are averaged."""
 
