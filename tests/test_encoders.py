@@ -67,6 +67,9 @@ def test_the_pooled_embedding_is_the_mean_state_whatever_the_padding(bert: TextP
     for row, text in zip(found, texts, strict=True):
         states = bert.text_encoder(bert.tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0]
         assert torch.allclose(row, states.mean(0) / states.mean(0).norm(), atol=1e-5)
+    tokens = bert.tokenizer(texts, padding=True, return_tensors="pt")
+    assert torch.allclose(bert.text_encoder(tokens.input_ids, tokens.attention_mask).pooler_output, found, atol=1e-5)
+    assert isinstance(bert.text_encoder(tokens.input_ids, return_dict=False), tuple)
 
 
 def test_states_depend_on_what_follows_so_prefixes_are_not_folded(bert: TextPipeline) -> None:

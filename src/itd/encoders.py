@@ -65,7 +65,9 @@ def load_text_encoder(folder: str | Path, max_tokens: int = 128) -> TextPipeline
 
 def pool(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """Give an encoder's result the mean of its last states, over the tokens that the mask shows, as its pooled embedding."""
-    states, mask = result.last_hidden_state, kwargs.get("attention_mask")
+    if isinstance(result, tuple):
+        return None  # asked for without names; nobody reads a pooled embedding in it
+    states, mask = result.last_hidden_state, kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     weights = states.new_ones(states.shape[:2]) if mask is None else mask.to(states)
     result["pooler_output"] = F.normalize((states * weights[..., None]).sum(1), dim=1)
     return result
