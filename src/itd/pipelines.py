@@ -176,22 +176,23 @@ def pooled_output(output: Any) -> Float[Tensor, "batch d"] | None:
 
 @torch.no_grad()
 def pooled_embeddings(pipe: Any, encoder: str, prompts: Sequence[str]) -> Float[Tensor, "prompts d"]:
-    """Return the text encoder's pooled embedding of every prompt, fp32.
+    """Return the text encoder's pooled embedding of every prompt, fp32. Prompts of like length are encoded together.
 
     Raises:
         ValueError: the encoder has no pooled output.
     """
     module: Any = encoder_of(pipe, encoder)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list[Tensor] = []
     starts = range(0, len(prompts), BATCH)
     for start in tqdm(starts, desc="pooled embeddings", unit="batch", leave=False, disable=len(starts) < 12):
-        tokens = tokenize_short(pipe, encoder, prompts[start : start + BATCH])
+        tokens = tokenize_short(pipe, encoder, [prompts[i] for i in order[start : start + BATCH]])
         mask = None if tokens.attention_mask is None else tokens.attention_mask.to(module.device)
         embedding = pooled_output(module(tokens.input_ids.to(module.device), attention_mask=mask))
         if embedding is None:
             raise ValueError(f"{encoder} ({type(module).__name__}) has no pooled output")
         found.append(embedding.float().cpu())
-    return torch.cat(found)
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def fingerprint(pipe: Any, site: HookPoint) -> Float[Tensor, " d_model"]:
