@@ -166,7 +166,7 @@ def test_a_noun_is_measured_in_the_sentences_that_the_unerased_pipeline_draws_it
 
 def test_a_noun_in_a_half_of_a_scene_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path, "test", {})
-    monkeypatch.setattr(type(world.judge), "shown", lambda _, images: [{"cat": 0.9, "dog": 0.4} for _ in images])
+    monkeypatch.setattr(type(world.judge), "shown_in", lambda _, images, whole: [{"cat": 0.9, "dog": 0.4} for _ in images])
     cases = [Case("a cat and a dog", 1, noun) for noun in ("cat", "dog", "tree")]
     sight = world.see(world.draw("unerased", cases))
     assert sight.right(cases) == [True, True, False]

@@ -63,13 +63,17 @@ class Judge(nn.Module):
         That is what is named in the whole, and in a half of which the judge is surer: a scene holds two objects side by side,
         which the judge learned to read one by one. Something is always named; how sure tells whether it is there.
         """
+        return [nouns for batch in images.split(batch_size) for nouns in self.shown_in(batch, self(batch).noun)]
+
+    @torch.no_grad()
+    def shown_in(self, images: Float[Tensor, "n 3 64 64"], whole: Float[Tensor, "n nouns"]) -> list[dict[str, float]]:
+        """Return what `shown` does of one batch, given the logits of the whole images."""
+        views = torch.stack([whole, *(self(half).noun for half in split_scene(images))])
+        sure, said = views.softmax(2).max(2)
         found = []
-        for batch in images.split(batch_size):
-            views = torch.stack([self(view).noun for view in (batch, *split_scene(batch))])
-            sure, said = views.softmax(2).max(2)
-            for row in zip(said.T.tolist(), sure.T.tolist(), strict=True):
-                named = [(self.nouns[i], s) for i, s in zip(*row, strict=True) if s >= row[1][0]]
-                found.append({noun: max(s for other, s in named if other == noun) for noun, _ in named})
+        for row in zip(said.T.tolist(), sure.T.tolist(), strict=True):
+            named = [(self.nouns[i], s) for i, s in zip(*row, strict=True) if s >= row[1][0]]
+            found.append({noun: max(s for other, s in named if other == noun) for noun, _ in named})
         return found
 
     def save(self, folder: Path) -> None:

@@ -262,14 +262,16 @@ class World:
     @torch.no_grad()
     def see(self, drawn: Drawn) -> Sight:
         """Let the judge look at pictures."""
-        verdicts = [self.judge(batch) for batch in drawn.images.split(256)]
+        batches = drawn.images.split(256)
+        verdicts = [self.judge(batch) for batch in batches]
+        shown = [seen for b, verdict in zip(batches, verdicts, strict=True) for seen in self.judge.shown_in(b, verdict.noun)]
         nouns = torch.cat([verdict.noun for verdict in verdicts])
         designs = torch.cat([verdict.design for verdict in verdicts])
         confidence = nouns.softmax(1).amax(1)
         named = [self.judge.nouns[i] for i in nouns.argmax(1).tolist()]
         styled = [self.judge.designs[i] for i in designs.argmax(1).tolist()]
         features = torch.cat([verdict.features for verdict in verdicts])
-        return Sight(named, styled, confidence, features, self.judge.shown(drawn.images))
+        return Sight(named, styled, confidence, features, shown)
 
     @torch.no_grad()
     def clip_features(self, drawn: Drawn) -> Float[Tensor, "n d"]:
