@@ -186,14 +186,16 @@ def erase(
     calibration = choose_threshold(settings, scores[0].amax(1), scores[1].amax(1))
     gate = Gate(settings.score, (calibration.threshold,) * len(concepts), settings.strength)
     record = make_record(settings, concepts, held_out, scores[0], calibration, target, kept)
-    gates, does = more_gates(pipe, site, positive, kept, settings)
     edit = Edit(settings.edit, settings.strength, settings.n_edited, settings.anchor)
     eraser = Eraser(
         sae, site, concepts, gate, edit, pipelines.fingerprint(pipe, site),
-        anchor_activations(pipe, site, settings.anchor), (record | does,), kept.stats(settings.k_sel).often(),
-        **gates,
+        anchor_activations(pipe, site, settings.anchor), (record,), kept.stats(settings.k_sel).often(),
     )  # fmt: skip
-    require_harmless(eraser, pipe)
+    require_harmless(eraser, pipe)  # before the image model is asked, which takes long
+    gates, does = more_gates(pipe, site, positive, kept, settings)
+    if gates:
+        eraser = replace(eraser, records=(record | does,), **gates)
+        require_harmless(eraser, pipe)
     return eraser
 
 
