@@ -178,3 +178,12 @@ def assert_check_says_what_is_enforced(eraser: Eraser, pipe: Any, prompts: list[
         assert decision.meaning is not None
         assert abs(check.meaning.score - decision.meaning.score) <= 1e-4
     return checks
+
+
+def assert_draws_instead(eraser: Eraser, pipe: Any, prompt: str, anchor: str) -> None:
+    """Compare the picture of a prompt, with the eraser attached, with that of its anchor without."""
+    options = {"num_inference_steps": 2, "output_type": "pt", "height": 16, "width": 16}
+    wanted = pipe([anchor], generator=torch.Generator().manual_seed(0), **options).images
+    with eraser.attach(pipe):
+        found = pipe([prompt], generator=torch.Generator().manual_seed(0), **options).images
+    torch.testing.assert_close(found, wanted)

@@ -155,15 +155,18 @@ GATES: tuple[GateMaker, ...] = (*EDITED, Shipped())
 
 def make_eraser(task: Task, score: Literal["evidence", "contribution", "reconstruction"] = "evidence") -> Eraser:
     """Return the eraser that itd makes for the task, with its default features."""
-    config = EraseConfig(score=score, calibration="shared", fpr=task.fpr)
-    sets = (task.target, task.retain, task.neutral)
-    return task.once(f"eraser {score}", lambda: erase(task.pipe, task.sae, task.site, *sets, config))
+    return erased_once(task, f"eraser {score}", EraseConfig(score=score, calibration="shared", fpr=task.fpr))
 
 
 def shipped_eraser(task: Task, preset: str) -> Eraser:
     """Return what `itd.erase` makes of the task by a preset, whatever rate the others are calibrated to."""
+    return erased_once(task, f"shipped {preset}", preset)
+
+
+def erased_once(task: Task, key: str, config: EraseConfig | str) -> Eraser:
+    """Return what `itd.erase` makes of the task, the first time by making it."""
     sets = (task.target, task.retain, task.neutral)
-    return task.once(f"shipped {preset}", lambda: erase(task.pipe, task.sae, task.site, *sets, preset))
+    return task.once(key, lambda: erase(task.pipe, task.sae, task.site, *sets, config))
 
 
 @torch.no_grad()

@@ -141,7 +141,7 @@ def harmonic(cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[C
 
     value, n = mean_of(erased, kept), int(erased[:, 1].sum() + kept[:, 2].sum())
     if not 0 < value < 1:
-        bounds = wilson(round(value * len(erased)), len(erased)) if value == value else NOTHING
+        bounds = wilson(round(value * len(erased)), len(erased)) if math.isfinite(value) else NOTHING
         return Rate(value, bounds.low, bounds.high, n)
     generator = torch.Generator().manual_seed(0)
     draws = [

@@ -22,7 +22,7 @@ from itd.activations import ActivationStore, record
 from itd.artifacts import CONFIG
 from itd.encoders import TextPipeline, load_minilm, load_text_encoder
 from itd.eraser import Eraser
-from itd.erasing import EraseConfig, erase
+from itd.erasing import EraseConfig, erase, vectors_of
 from itd.evaluation.gate import promises, roc_line
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.public_prompts import TASKS, Deal, Material, TaskName, find_folder, load_material
@@ -346,8 +346,7 @@ class Bench:
             sides = {"kept": trial["kept"], **trial["sources"]}
             if within_bars({name: share(margins, threshold) for name, margins in sides.items()}, material):
                 allowed[fpr] = share(trial["positives"], threshold)
-        most = max(allowed.values(), default=0.0)
-        return min((fpr for fpr, recall in allowed.items() if recall >= most - LOST_RECALL), default=rates[0])
+        return smallest_rate(allowed) if allowed else rates[0]
 
     def with_pooled_gate(self, material: Material, trial: Mapping[str, Any], config: EraseConfig) -> EraseConfig:
         """Return the settings with the second gate, if both gates together find more of the `choose` prompts within the bars.
@@ -361,11 +360,10 @@ class Bench:
         first = {name: tensor(margins) >= threshold for name, (_, margins) in sides.items()}
         shares = self.pooled_shares(material, {name: prompts for name, (prompts, _) in sides.items()}, first)
         found = {fpr: row["target"] for fpr, row in shares.items() if within_bars(row, material)}
-        most, alone = max(found.values(), default=0.0), float(first["target"].double().mean())
-        if most <= alone + LOST_RECALL:
+        alone = float(first["target"].double().mean())
+        if max(found.values(), default=0.0) <= alone + LOST_RECALL:
             return config
-        chosen = min(fpr for fpr, recall in found.items() if recall >= most - LOST_RECALL)
-        return replace(config, pooled_gate=True, pooled_fpr=chosen)
+        return replace(config, pooled_gate=True, pooled_fpr=smallest_rate(found))
 
     def pooled_shares(
         self, material: Material, asked: Mapping[str, PromptSet], first: Mapping[str, Tensor]
@@ -377,11 +375,8 @@ class Bench:
             return pipelines.pooled_embeddings(self.pipe, ENCODER, prompts.texts)
 
         def measure() -> list[tuple[float, dict[str, float]]]:
-            others = embed(merged(material, "fit")), embed(merged(material, "calibrate"))
-            own = {
-                name: (embed(material.target["fit"].about(name)), embed(material.target["calibrate"].about(name)))
-                for name in material.target["fit"].concepts
-            }
+            kept = merged(material, "fit"), merged(material, "calibrate")
+            own, others = vectors_of(known(material.target), kept, embed)
             vectors = {name: embed(prompts) for name, prompts in asked.items()}
             rows = []
             for fpr in POOLED_RATES:
@@ -447,6 +442,12 @@ class Bench:
             name = f"layer{candidate.layer}_{candidate.n_latents}_{candidate.k}"
             found |= {f"{name}.{key}": float(value) for key, value in values.items()}
         return found
+
+
+def smallest_rate(recalls: Mapping[float, float]) -> float:
+    """Return the smallest rate whose recall loses next to nothing against the best; `recalls`: of at least one rate."""
+    most = max(recalls.values())
+    return min(fpr for fpr, recall in recalls.items() if recall >= most - LOST_RECALL)
 
 
 def within_bars(shares: Mapping[str, float], material: Material) -> bool:
