@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itd import EraseConfig, Eraser, HookPoint, erase
 from itd.attacks.diffusion import encode
-from itd.drafts import DraftGate, draft, drafts_of, towards
+from itd.drafts import GRID, DraftGate, draft, drafts_of, towards
 from itd.pipelines import pooled_embeddings, tokenize
 from itd.pooled import PooledGate
 
@@ -27,8 +27,9 @@ OTHER_NOUNS = prompts_of("dog", "horse", "house", "tree")
 def with_gate(pipe: Any, eraser: Eraser) -> Eraser:
     """Give an eraser a draft gate that tells `MEANT` from the other prompts."""
     origin, *drafts = drafts_of(pipe, ["", MEANT, *OTHERS, ANCHOR])
-    vectors = towards(torch.stack(drafts), origin)
-    return replace(eraser, draft=DraftGate(("lamp",), *telling_apart(vectors), ANCHOR, origin=origin))
+    widths = DraftGate.widths_of(pipe)
+    vectors = towards(torch.stack(drafts), origin, widths)
+    return replace(eraser, draft=DraftGate(("lamp",), *telling_apart(vectors), ANCHOR, origin=origin, widths=widths))
 
 
 def states_of(pipe: Any, prompts: list[str], n_images: int = 1) -> Tensor:
@@ -45,13 +46,19 @@ def guarded(pipe, eraser) -> Eraser:
 
 
 class StubUNet(torch.nn.Module):
-    """Says twice the noise plus the first value of the text states."""
+    """Says twice the noise plus the first value of the text states; its middle block has that value, times 7."""
 
     config = SimpleNamespace(in_channels=1, sample_size=2)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid_block = torch.nn.Upsample(scale_factor=4)
+
     def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Any:
         assert int(t) == 9
-        return SimpleNamespace(sample=2 * x + encoder_hidden_states[:, :1, :1, None])
+        first = encoder_hidden_states[:, :1, :1, None]
+        self.mid_block(7 * first)
+        return SimpleNamespace(sample=2 * x + first)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,8 @@ def test_the_guess_is_the_formula_by_hand(kind, of_noise, of_text):
     pipe = SimpleNamespace(unet=StubUNet(), scheduler=SimpleNamespace(config=config, alphas_cumprod=alphas))
     noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0)).flatten(1)
     states = torch.tensor([[[0.0]], [[5.0]]])
-    torch.testing.assert_close(draft(pipe, states), of_noise * noise + of_text * states[:, 0])
+    guess = of_noise * noise + of_text * states[:, 0]
+    torch.testing.assert_close(draft(pipe, states), torch.cat([guess, 7 * states[:, 0].expand(-1, GRID**2)], 1))
 
 
 def test_an_unknown_prediction_is_refused():
@@ -75,12 +83,14 @@ def test_an_unknown_prediction_is_refused():
 
 
 def test_large_guesses_are_averaged_over_squares(pipe, monkeypatch):
-    whole = drafts_of(pipe, [MEANT])
     channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
+    n_guess = channels * size**2
+    whole, middle = drafts_of(pipe, [MEANT])[0].split([n_guess, DraftGate.widths_of(pipe)[1]])
     monkeypatch.setattr("itd.drafts.MOST_VALUES", channels * (size // 2) ** 2)
     image = whole.reshape(channels, size, size)
     halves = image.unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4)).flatten()
-    torch.testing.assert_close(drafts_of(pipe, [MEANT])[0], halves)
+    torch.testing.assert_close(drafts_of(pipe, [MEANT])[0], torch.cat([halves, middle]))
+    assert DraftGate.widths_of(pipe) == (len(halves), len(middle))
 
 
 def test_how_far_a_draft_is_from_the_empty_prompts_does_not_count():
@@ -88,6 +98,41 @@ def test_how_far_a_draft_is_from_the_empty_prompts_does_not_count():
     gate = DraftGate(("lamp",), torch.tensor([[1.0, 0.0]]), torch.tensor([0.5]), ANCHOR, origin=origin)
     drafts = origin + torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
     torch.testing.assert_close(gate.scores(drafts), torch.tensor([[1.1], [1.1], [0.5]]))
+
+
+def test_the_guess_and_the_middle_block_count_each_by_its_own_direction():
+    origin, directions = torch.ones(4), torch.tensor([[1.0, 0.0, 0.0, 10.0]])
+    gate = DraftGate(("lamp",), directions, torch.zeros(1), ANCHOR, origin=origin, widths=(2, 2))
+    drafts = origin + torch.tensor([[3.0, 4.0, 300.0, 400.0], [0.3, 0.4, 0.0, 0.0]])
+    torch.testing.assert_close(gate.scores(drafts), torch.tensor([[8.6], [0.6]]))
+
+
+def test_what_rounding_leaves_of_a_difference_has_no_direction():
+    origin = torch.tensor([30.0, 40.0])
+    drafts = origin + torch.tensor([[0.01, 0.0], [0.0, 0.5]])
+    torch.testing.assert_close(towards(drafts, origin), torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+
+
+def test_a_gate_of_an_earlier_version_reads_the_guess_alone(pipe, eraser):
+    """Its decisions stay what they were, and it is still told from a gate of another image model."""
+    n_guess = DraftGate.widths_of(pipe)[0]
+    origin, *drafts = drafts_of(pipe, ["", MEANT, *OTHERS])[:, :n_guess]
+    older = DraftGate(("lamp",), *telling_apart(towards(torch.stack(drafts), origin)), ANCHOR, origin=origin)
+    checks = replace(eraser, draft=older).check(pipe, [MEANT, *OTHERS])
+    assert [check.fired for check in checks] == [True] + [False] * len(OTHERS)
+    newer = with_gate(pipe, eraser).draft
+    assert newer is not None
+    with pytest.raises(ValueError, match="make the older eraser again"):
+        _ = older | newer
+
+
+def test_a_gate_is_kept_with_the_widths_of_its_parts(pipe, guarded, saved_sae, tmp_path):
+    replace(guarded, sae=saved_sae).save(tmp_path)
+    loaded = Eraser.load(tmp_path, saved_sae)
+    assert loaded.draft is not None
+    assert loaded.draft.widths == DraftGate.widths_of(pipe)
+    drafts = drafts_of(pipe, [MEANT, *OTHERS])
+    torch.testing.assert_close(loaded.draft.scores(drafts), guarded.draft.scores(drafts))
 
 
 # Enforcement
@@ -181,6 +226,13 @@ def test_another_image_model_is_refused_and_the_pipeline_left_as_it_was(pipe, gu
     pipe.unet = kept
     assert "encode_prompt" not in vars(pipe)
     assert guarded.check(pipe, [MEANT])[0].fired
+
+
+def test_a_u_net_without_a_middle_block_is_refused(pipe, guarded):
+    kept, pipe.unet.mid_block = pipe.unet.mid_block, None
+    with pytest.raises(ValueError, match="a draft gate needs a U-Net with a middle block"):
+        guarded.attach(pipe)
+    pipe.unet.mid_block = kept
 
 
 def test_pipelines_that_cannot_be_drafted_with_are_refused(xl_pipe, guarded):

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from itd.hooks import Handle, HookPoint, before_forward, edit_output, find_module, recording, retuple, run_up_to, untuple
+from itd.hooks import (
+    Handle,
+    HookPoint,
+    before_forward,
+    edit_output,
+    find_module,
+    recording,
+    retuple,
+    run_past,
+    run_up_to,
+    untuple,
+)
 
 
 class Layer(nn.Module):
@@ -154,9 +165,20 @@ def test_a_run_up_to_a_layer_stops_there(pipe: Any) -> None:
     assert torch.equal(hidden, whole.hidden_states[2])
 
 
-def test_a_run_that_never_reaches_the_layer_is_an_error() -> None:
+def test_a_run_past_a_layer_gives_its_output_and_the_result(pipe: Any) -> None:
+    ids, layer = torch.tensor([[0, 5, 6, 7, 1]]), pipe.text_encoder.encoder.layers[1]
+    whole = pipe.text_encoder(ids, output_hidden_states=True)
+    hooks = list(layer._forward_hooks)
+    result, hidden = run_past(layer, lambda: pipe.text_encoder(ids))
+    assert torch.equal(hidden, whole.hidden_states[2])
+    assert torch.equal(result.last_hidden_state, whole.last_hidden_state)
+    assert list(layer._forward_hooks) == hooks
+
+
+@pytest.mark.parametrize("run", [run_up_to, run_past])
+def test_a_run_that_never_reaches_the_layer_is_an_error(run: Any) -> None:
     with pytest.raises(RuntimeError, match="never reached Layer"):
-        run_up_to(Layer(False), lambda: None)
+        run(Layer(False), lambda: None)
 
 
 def test_an_error_inside_the_run_is_not_swallowed_and_leaves_no_hook() -> None:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from itd.explain import Check, PromptMemory
 
 KIND = "eraser"
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate, 4 the draft gate, 5 the window
-of a concept, 6 the picture gate, 7 the edit `refuse`."""
+of a concept, 6 the picture gate, 7 the edit `refuse`, 8 the middle block's part of a draft."""
 MORE_GATES = ("pooled", "draft", "picture")
 """Fields that hold a gate beside the one on features, or None."""
 EditMode = Literal["scale", "remove", "subtract", "replace", "refuse"]
@@ -344,7 +344,7 @@ class Eraser:
             "edit": asdict(self.edit),
             "records": list(self.records),
             **{
-                kind: {"concepts": list(gate.names), "anchor": gate.anchor} if gate else None
+                kind: described_gate(gate) if gate else None
                 for kind, gate in ((kind, self.more_gates.get(kind)) for kind in MORE_GATES)
             },
         }
@@ -381,7 +381,7 @@ class Eraser:
         more = {kind: config[kind] for kind in MORE_GATES if config.get(kind) is not None}
         needed_tensors = ["indices", "weights"]
         for kind, described in more.items():
-            require_keys(place, described, ("concepts", "anchor"))
+            require_keys(place, described, ("concepts", "anchor"), optional=("widths",))
             needed_tensors += [f"{kind}_directions", f"{kind}_offsets"]
         origins = "draft_origin", "picture_origin"
         tensors = read_tensors(folder, config, "features", needed_tensors, ("fingerprint", "anchors", "often", *origins))
@@ -404,11 +404,23 @@ class Eraser:
                 tuple(config["records"]),
                 tensors["often"].long() if "often" in tensors else None,
                 PooledGate(*gate_parts("pooled", more, tensors)) if "pooled" in more else None,
-                DraftGate(*gate_parts("draft", more, tensors), origin=tensors.get("draft_origin")) if "draft" in more else None,
+                DraftGate(
+                    *gate_parts("draft", more, tensors),
+                    origin=tensors.get("draft_origin"),
+                    widths=tuple(more["draft"].get("widths", ())),
+                )
+                if "draft" in more
+                else None,
                 PictureGate(*gate_parts("picture", more, tensors), origin=tensors.get("picture_origin"))
                 if "picture" in more
                 else None,
             )
+
+
+def described_gate(gate: Discriminants) -> dict[str, Any]:
+    """Return what is saved of a gate on the whole prompt beside its tensors."""
+    widths = getattr(gate, "widths", ())
+    return {"concepts": list(gate.names), "anchor": gate.anchor, **({"widths": list(widths)} if widths else {})}
 
 
 def gate_parts(

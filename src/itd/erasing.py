@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 CALIBRATIONS = ("apart", "shared")
 SELECTIONS = ("fisher", "token", "evidence", "difference")
-MOST_DRAFTS = 1500
+MOST_DRAFTS = 2000
 """Retained prompts that are drafted to fit the draft gate, and to calibrate it."""
 MOST_PICTURES = 600
 """Retained prompts that are drawn to fit the picture gate, and to calibrate it."""
@@ -87,7 +87,7 @@ class EraseConfig:
     draft_gate: bool = False
     """A gate on the image model's first guess of the picture: it stops what would draw a concept, whatever led there. Checking
     a prompt takes a step of the image model then."""
-    draft_fpr: float = 0.002
+    draft_fpr: float = 0.01
     """False-positive rate of each concept in the draft gate, on retain and neutral prompts."""
     picture_gate: bool = False
     """A gate on the finished picture: what shows a concept comes out black, whatever led there. Making it draws a picture for
@@ -276,13 +276,13 @@ def more_gates(
         keep(PooledGate.fit(own, others, config.pooled_fpr, config.anchor), own, others, config.pooled_fpr)
     if config.draft_gate:
         own, others = vectors_of(positive, some(MOST_DRAFTS), lambda p: drafts_of(pipe, p.texts))
-        draft = DraftGate.fit_towards(own, others, DraftGate.origin_of(pipe), config.draft_fpr, config.anchor)
+        draft = DraftGate.fit_towards(pipe, own, others, config.draft_fpr, config.anchor)
         keep(draft, own, others, config.draft_fpr)
     if config.picture_gate:
         own, others = vectors_of(positive, some(MOST_PICTURES), draw)
         fit = positive.of("fit")
         own = {name: (torch.cat([x, draw(fit.about(name), UNGUIDED)]), held_out) for name, (x, held_out) in own.items()}
-        picture = PictureGate.fit_towards(own, others, PictureGate.origin_of(pipe), config.picture_fpr, config.anchor)
+        picture = PictureGate.fit_towards(pipe, own, others, config.picture_fpr, config.anchor)
         keep(picture, own, others, config.picture_fpr)
     return gates, does
 

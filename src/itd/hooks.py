@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 WRAPPER = "text_model."
 """Prefix that CLIP text encoders had before transformers 5.6 and that saved names still carry."""
 
+Result = TypeVar("Result")
 Edit = Callable[[Float[Tensor, "batch tokens d_model"]], Tensor | None]
 
 
@@ -179,4 +180,26 @@ def run_up_to(module: nn.Module, run: Callable[[], Any], read: Callable[[Any], T
             run()
         except _Stop:
             return outputs[0]
-    raise RuntimeError(f"the forward pass never reached {type(module).__name__}: it is not part of what ran")
+    raise never_reached(module)
+
+
+def run_past(module: nn.Module, run: Callable[[], Result], read: Callable[[Any], Tensor] = untuple) -> tuple[Result, Tensor]:
+    """Call `run()` and return its result, and what `module` gave on the way; see `run_up_to`.
+
+    Raises:
+        RuntimeError: `run` ended without calling the module.
+    """
+    outputs: list[Tensor] = []
+
+    def keep(_args: tuple[Any, ...], _kwargs: dict[str, Any], result: Any) -> None:
+        outputs.append(read(result))
+
+    with edit_result(module, keep):
+        result = run()
+    if not outputs:
+        raise never_reached(module)
+    return result, outputs[0]
+
+
+def never_reached(module: nn.Module) -> RuntimeError:
+    return RuntimeError(f"the forward pass never reached {type(module).__name__}: it is not part of what ran")

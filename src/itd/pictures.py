@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from itd.drafts import ImageModelGate, fixed_noise, latent_shape, states_of
+from itd.drafts import ImageModelGate, fixed_noise, latent_shape, over_squares, states_of
 from itd.hooks import run_up_to
 
 BATCH = 16
@@ -33,8 +32,6 @@ NOISED = (0.3, 0.6)
 """How far along the timesteps a picture is noised when it is read; a little and much, for details and for the whole."""
 UNGUIDED = 1.0
 """Guidance scale of further pictures of a concept: without guidance it is drawn in more ways than one."""
-GRID = 2
-"""Side of the grid of squares over which the middle block's features are averaged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +71,7 @@ def picture_features(pipe: Any, latents: Float[Tensor, "n c h w"]) -> Float[Tens
         t = torch.tensor(int(share * pipe.scheduler.config.num_train_timesteps), device=latents.device)
         alpha = pipe.scheduler.alphas_cumprod[int(t)].to(latents)
         given = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        found.append(F.adaptive_avg_pool2d(middle_block(pipe.unet, given, t, states).float(), GRID).flatten(1))
+        found.append(over_squares(middle_block(pipe.unet, given, t, states)))
     return torch.cat(found, 1)
 
 
