@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from itd.inputs import find_device, find_dtype, load_pipeline
+from itd import EraseConfig, emoji
+from itd.erasing import PRESETS
+from itd.inputs import erase_settings, find_device, find_dtype, load_pipeline
 
 
 def test_a_pipeline_is_loaded_in_the_precision_asked_for(pipe, tmp_path):
@@ -29,3 +31,16 @@ def test_a_device_that_is_not_there_is_named(name):
 def test_an_unknown_precision_is_named():
     with pytest.raises(ValueError, match="float32, float16, bfloat16, got 'int8'"):
         find_dtype("int8", torch.device("cpu"))
+
+
+def test_a_refused_prompt_draws_the_embedded_worlds_own_anchor_unless_another_is_named():
+    strict = PRESETS["strict"]
+    assert erase_settings(None, strict).anchor == emoji.ANCHOR
+    assert erase_settings("a/folder", strict) == strict
+    assert erase_settings(None, EraseConfig(edit="refuse", anchor="a cup")).anchor == "a cup"
+    assert erase_settings(None, EraseConfig(edit="replace")).anchor == EraseConfig().anchor
+
+
+def test_the_embedded_world_draws_for_a_picture_gate_as_elsewhere_unless_the_settings_say_otherwise():
+    found = erase_settings(None, EraseConfig(picture_steps=3))
+    assert (found.picture_steps, found.picture_guidance) == (3, emoji.PICTURES["picture_guidance"])

@@ -13,7 +13,7 @@ from torch import nn
 
 from itd import emoji
 from itd.artifacts import CONFIG
-from itd.eraser import Eraser
+from itd.eraser import ANCHOR, Eraser
 from itd.erasing import EraseConfig, split_sets
 from itd.hooks import WRAPPER, HookPoint
 from itd.prompts import Prompt, PromptSet
@@ -216,8 +216,15 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[str]:
 
 
 def erase_settings(model: str | None, settings: EraseConfig) -> EraseConfig:
-    """Return the settings, in which the embedded world draws as it is drawn with elsewhere unless they say otherwise."""
-    own = {} if model is not None else {key: value for key, value in emoji.PICTURES.items() if getattr(settings, key) is None}
+    """Return the settings, in which the embedded world draws as it is drawn with elsewhere unless they say otherwise.
+
+    A refused prompt draws its own anchor there: it would draw some face of "a picture of something".
+    """
+    if model is not None:
+        return settings
+    own = {key: value for key, value in emoji.PICTURES.items() if getattr(settings, key) is None}
+    if settings.edit == "refuse" and settings.anchor == ANCHOR:
+        own["anchor"] = emoji.ANCHOR
     return replace(settings, **own)
 
 

@@ -12,7 +12,7 @@ from itd import emoji, inputs
 from itd.attacks.base import Budget, Criterion, Goal, System
 from itd.attacks.criteria import ClipNames, Judged
 from itd.attacks.protocol import Arena, Arm, evading_prompts, identity_of, run
-from itd.eraser import ANCHOR, EditMode, Eraser
+from itd.eraser import EditMode, Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Report
@@ -112,11 +112,10 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
         settings = EraseConfig(
-            edit=stated.edit, anchor=emoji.ANCHOR if stated.edit == "refuse" else ANCHOR, pooled_gate=stated.pooled_gate,
-            draft_gate=stated.draft_gate, picture_gate=stated.picture_gate, **emoji.PICTURES,
-        )  # fmt: skip
+            edit=stated.edit, pooled_gate=stated.pooled_gate, draft_gate=stated.draft_gate, picture_gate=stated.picture_gate
+        )
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
-        eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), settings).eraser
+        eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), inputs.erase_settings(None, settings)).eraser
     synonyms = {name: (*noun.implicit, *noun.tags) for name, noun in world.nouns.items()}
     benign = benign_prompts(held_out, stated.n_benign, rng)
     least = sure_of(world, held_out)
