@@ -17,6 +17,7 @@ from itd.attacks.base import System
 from itd.attacks.diffusion import guess, noised, predict
 from itd.attacks.objectives import Denoise, Loss, Noise
 from itd.drafts import fixed_noise, states_of, towards
+from itd.erasing import LOOKED
 from itd.pictures import BLACK, NOISED, PictureGate, drawn_features, picture_features
 from itd.sae import SAE
 
@@ -163,6 +164,18 @@ def test_erase_draws_for_the_gate_records_what_it_does_and_keeps_it(pipe: Any, t
         made | replace(made, picture=None)
 
 
+def test_a_gate_that_was_saved_with_another_threshold_decides_as_it_did(
+    pipe: Any, tmp_path: Path, saved_sae: SAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=MADE)
+    made.save(tmp_path)
+    monkeypatch.setattr(PictureGate, "part_way", PictureGate.part_way + 0.3)
+    loaded = Eraser.load(tmp_path, saved_sae)
+    assert made.picture is not None
+    assert loaded.picture is not None
+    torch.testing.assert_close(loaded.picture.offsets, made.picture.offsets + 0.3)
+
+
 def test_an_added_concept_gets_its_direction(pipe: Any, sae: SAE) -> None:
     kept = Retained.make(pipe, sae, SITE, OTHER_NOUNS)
     made = erase(pipe, sae, SITE, prompts_of("cat"), kept, config=MADE)
@@ -171,18 +184,39 @@ def test_an_added_concept_gets_its_direction(pipe: Any, sae: SAE) -> None:
     assert more.picture.names == ("cat", "boat")
 
 
-def test_pictures_of_a_concept_are_drawn_without_guidance_too(pipe: Any, sae: SAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[list[str], float | None]] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], float | None]]:
+    """Prompts that are drawn for the gate, and their guidance."""
+    seen: list[tuple[list[str], float | None]] = []
 
     def record(pipe: Any, prompts: Any, steps: int | None, guidance: float | None, seed: int) -> Tensor:
-        asked.append((list(prompts), guidance))
+        seen.append((list(prompts), guidance))
         return drawn_features(pipe, prompts, steps, guidance, seed)
 
     monkeypatch.setattr("itd.erasing.drawn_features", record)
+    return seen
+
+
+def test_pictures_of_a_concept_are_drawn_without_guidance_too(pipe: Any, sae: SAE, asked: list[Any]) -> None:
     erase(pipe, sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=replace(MADE, picture_guidance=4.0))
     unguided = [texts for texts, guidance in asked if guidance == 1.0]
     assert unguided == [texts for texts, guidance in asked[:1] if guidance == 4.0], "those that it is fitted on, not calibrated"
     assert len(asked) == 5, "fitted on and calibrated on, of the concept and of others, and the further ones"
+
+
+def test_pictures_are_drawn_in_further_looks_too(pipe: Any, sae: SAE, asked: list[Any]) -> None:
+    looks = "in oil", "in pencil"
+    erase(pipe, sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=replace(MADE, picture_looks=looks))
+    (own, _), _, (others, _), (held_out, _), _, (looked, _) = asked
+    assert looked == [f"{text}, {looks[i % 2]}" for i, text in enumerate(own)]
+    assert [i for i, text in enumerate(others) if text.endswith(looks)] == list(range(0, len(others), LOOKED))
+    assert not any(text.endswith(looks) for text in (*own, *held_out))
+
+
+def test_looks_that_are_no_phrases_are_refused() -> None:
+    with pytest.raises(ValueError, match="picture_looks must be phrases, each of some words, got 'in oil'"):
+        EraseConfig(picture_looks="in oil")  # type: ignore[arg-type]
+    assert EraseConfig(picture_looks=["in oil"]) == EraseConfig(picture_looks=("in oil",))  # type: ignore[arg-type]
 
 
 def test_a_pipeline_whose_pictures_cannot_be_read_is_refused_before_anything_is_drawn(xl_pipe: Any) -> None:

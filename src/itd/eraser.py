@@ -32,9 +32,12 @@ if TYPE_CHECKING:
 KIND = "eraser"
 SCHEMA_VERSION = 8
 """2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate, 4 the draft gate, 5 the window
-of a concept, 6 the picture gate, 7 the edit `refuse`, 8 the middle block's part of a draft."""
+of a concept, 6 the picture gate, 7 the edit `refuse`, 8 the middle block's part of a draft and the thresholds of the gates
+beside the one on features."""
 MORE_GATES = ("pooled", "draft", "picture")
 """Fields that hold a gate beside the one on features, or None."""
+EARLIER_THRESHOLDS = {"pooled": 0.45, "draft": 0.25, "picture": 0.15}
+"""Of these gates up to version 7, which did not say."""
 EditMode = Literal["scale", "remove", "subtract", "replace", "refuse"]
 EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace", "refuse")
 ANCHOR = "a picture of something"
@@ -381,7 +384,7 @@ class Eraser:
         more = {kind: config[kind] for kind in MORE_GATES if config.get(kind) is not None}
         needed_tensors = ["indices", "weights"]
         for kind, described in more.items():
-            require_keys(place, described, ("concepts", "anchor"), optional=("widths",))
+            require_keys(place, described, ("concepts", "anchor"), optional=("threshold", "widths"))
             needed_tensors += [f"{kind}_directions", f"{kind}_offsets"]
         origins = "draft_origin", "picture_origin"
         tensors = read_tensors(folder, config, "features", needed_tensors, ("fingerprint", "anchors", "often", *origins))
@@ -403,15 +406,15 @@ class Eraser:
                 tensors.get("anchors"),
                 tuple(config["records"]),
                 tensors["often"].long() if "often" in tensors else None,
-                PooledGate(*gate_parts("pooled", more, tensors)) if "pooled" in more else None,
+                PooledGate(*gate_parts(PooledGate, more, tensors)) if "pooled" in more else None,
                 DraftGate(
-                    *gate_parts("draft", more, tensors),
+                    *gate_parts(DraftGate, more, tensors),
                     origin=tensors.get("draft_origin"),
                     widths=tuple(more["draft"].get("widths", ())),
                 )
                 if "draft" in more
                 else None,
-                PictureGate(*gate_parts("picture", more, tensors), origin=tensors.get("picture_origin"))
+                PictureGate(*gate_parts(PictureGate, more, tensors), origin=tensors.get("picture_origin"))
                 if "picture" in more
                 else None,
             )
@@ -419,16 +422,21 @@ class Eraser:
 
 def described_gate(gate: Discriminants) -> dict[str, Any]:
     """Return what is saved of a gate on the whole prompt beside its tensors."""
+    described: dict[str, Any] = {"concepts": list(gate.names), "anchor": gate.anchor, "threshold": gate.part_way}
     widths = getattr(gate, "widths", ())
-    return {"concepts": list(gate.names), "anchor": gate.anchor, **({"widths": list(widths)} if widths else {})}
+    return described | ({"widths": list(widths)} if widths else {})
 
 
 def gate_parts(
-    kind: str, described: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
+    gate: type[Discriminants], described: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
 ) -> tuple[tuple[str, ...], Tensor, Tensor, str]:
-    """Return names, directions, offsets and anchor of a gate on the whole prompt, as they were saved."""
-    own = described[kind]
-    return tuple(own["concepts"]), tensors[f"{kind}_directions"], tensors[f"{kind}_offsets"], own["anchor"]
+    """Return names, directions, offsets and anchor of a gate on the whole prompt, as they were saved.
+
+    If another threshold was saved, the offsets are moved by the difference: the gate decides as it did.
+    """
+    kind, own = gate.kind, described[gate.kind]
+    moved = gate.part_way - own.get("threshold", EARLIER_THRESHOLDS[kind])
+    return tuple(own["concepts"]), tensors[f"{kind}_directions"], tensors[f"{kind}_offsets"] + moved, own["anchor"]
 
 
 def same_encoder(a: Float[Tensor, " d_model"], b: Float[Tensor, " d_model"]) -> bool:

@@ -39,8 +39,10 @@ CALIBRATIONS = ("apart", "shared")
 SELECTIONS = ("fisher", "token", "evidence", "difference")
 MOST_DRAFTS = 2000
 """Retained prompts that are drafted to fit the draft gate, and to calibrate it."""
-MOST_PICTURES = 600
+MOST_PICTURES = 900
 """Retained prompts that are drawn to fit the picture gate, and to calibrate it."""
+LOOKED = 3
+"""One of this many retained prompts to fit the picture gate is drawn in a further look."""
 WEAK_RECALL = 0.5
 """Below this share of recognised held-out prompts, a concept is reported as one without features of its own."""
 
@@ -98,12 +100,18 @@ class EraseConfig:
     """Denoising steps of the pictures that it is made from; None: as many as the pipeline takes by itself."""
     picture_guidance: float | None = None
     """Guidance scale of these; None: the pipeline's own."""
+    picture_looks: tuple[str, ...] = ()
+    """Further looks of these, such as "watercolor style" or "low-poly 3D render", put behind the prompts: the gate then knows a
+    concept in more ways than its own prompts draw it in. Draws each of the concepts' prompts once more."""
     seed: int = 0
     """Of the split of prompts that carry none."""
 
     def __post_init__(self) -> None:
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
+        if isinstance(self.picture_looks, str) or not all(self.picture_looks):
+            raise ValueError(f"picture_looks must be phrases, each of some words, got {self.picture_looks!r}")
+        object.__setattr__(self, "picture_looks", tuple(self.picture_looks))
         if self.calibration not in CALIBRATIONS:
             raise ValueError(f"calibration must be one of {CALIBRATIONS}, got {self.calibration!r}")
         if self.n_features < 1 or self.k_sel < 1:
@@ -279,12 +287,33 @@ def more_gates(
         draft = DraftGate.fit_towards(pipe, own, others, config.draft_fpr, config.anchor)
         keep(draft, own, others, config.draft_fpr)
     if config.picture_gate:
-        own, others = vectors_of(positive, some(MOST_PICTURES), draw)
-        fit = positive.of("fit")
-        own = {name: (torch.cat([x, draw(fit.about(name), UNGUIDED)]), held_out) for name, (x, held_out) in own.items()}
+        fit, held_out = some(MOST_PICTURES)
+        own, others = vectors_of(positive, (in_looks(fit, config.picture_looks, LOOKED), held_out), draw)
+
+        def draw_more(prompts: PromptSet) -> Tensor:
+            unguided = draw(prompts, UNGUIDED)
+            return torch.cat([unguided, draw(in_looks(prompts, config.picture_looks))]) if config.picture_looks else unguided
+
+        own = {name: (torch.cat([x, draw_more(positive.of("fit").about(name))]), y) for name, (x, y) in own.items()}
         picture = PictureGate.fit_towards(pipe, own, others, config.picture_fpr, config.anchor)
         keep(picture, own, others, config.picture_fpr)
     return gates, does
+
+
+def in_looks(prompts: PromptSet, looks: Sequence[str], every: int = 1) -> PromptSet:
+    """Put the looks in turn behind one of `every` so many prompts; without looks the prompts are what they were.
+
+    >>> in_looks(PromptSet.from_texts(["a cat", "a dog", "a cow"]), ["in oil", "in pencil"], 2).texts
+    ('a cat, in oil', 'a dog', 'a cow, in pencil')
+    """
+    if not looks:
+        return prompts
+    return PromptSet(
+        tuple(
+            prompt if i % every else replace(prompt, text=f"{prompt.text}, {looks[i // every % len(looks)]}", template=None)
+            for i, prompt in enumerate(prompts)
+        )
+    )
 
 
 def vectors_of(

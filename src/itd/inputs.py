@@ -222,7 +222,8 @@ def erase_settings(model: str | None, settings: EraseConfig) -> EraseConfig:
     """
     if model is not None:
         return settings
-    own = {key: value for key, value in emoji.PICTURES.items() if getattr(settings, key) is None}
+    unset = EraseConfig()
+    own = {key: value for key, value in emoji.PICTURES.items() if getattr(settings, key) == getattr(unset, key)}
     if settings.edit == "refuse" and settings.anchor == ANCHOR:
         own["anchor"] = emoji.ANCHOR
     return replace(settings, **own)

@@ -29,7 +29,11 @@ __all__ = [
 HOOK_POINT = HookPoint("text_encoder", "encoder.layers.1")
 GUIDANCE_SCALE = 3.0
 STEPS = 25
-PICTURES: dict[str, Any] = {"picture_steps": STEPS, "picture_guidance": GUIDANCE_SCALE}
+PICTURES: dict[str, Any] = {
+    "picture_steps": STEPS,
+    "picture_guidance": GUIDANCE_SCALE,
+    "picture_looks": tuple(f"{design} style" for design in DESIGNS),
+}
 """Settings of `itd.EraseConfig` with which a picture gate is made from pictures as they are drawn here."""
 ANCHOR = "a picture of a tree"
 """What is drawn here in the place of a refused prompt."""
