@@ -127,7 +127,7 @@ class EraseConfig:
 
 PRESETS: dict[str, EraseConfig] = {
     "default": EraseConfig(),
-    "style": EraseConfig(n_edited=64),
+    "style": EraseConfig(n_edited=128),
     "strict": EraseConfig(edit="refuse", pooled_gate=True, draft_gate=True),
     "paper": EraseConfig(
         selection="difference",
@@ -162,7 +162,7 @@ def erase(
         target: prompts of what is to go, with their concept; prompts without one are taken as one concept.
         retain: prompts of what must stay, close to the target where possible; or `Retained`, which has them encoded.
         neutral: general prompts that must pass.
-        config: an `EraseConfig`, or the name of a preset: "default", "style" or "paper".
+        config: an `EraseConfig`, or the name of a preset: "default", "style", "strict" or "paper".
 
     Raises:
         ValueError: an empty set, a target concept among the retained ones, a concept with prompts in one split only, splits
