@@ -121,8 +121,8 @@ class DraftGate(ImageModelGate):
     @staticmethod
     def widths_of(pipe: Any) -> tuple[int, ...]:
         """Return how many values of a draft are of the guess, and how many of the middle block."""
-        n_guess = pipe.unet.config.in_channels * math.prod(guess_size(pipe))
-        return n_guess, len(DraftGate.origin_of(pipe)) - n_guess
+        config: Any = pipe.unet.config
+        return config.in_channels * math.prod(guess_size(pipe)), config.block_out_channels[-1] * GRID**2
 
     def scores(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n concepts"]:
         """Score drafts. A gate without `widths`, of an eraser before version 8, reads the guess alone, which comes first."""

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from itd import emoji
 from itd.emoji.data import Noun
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
@@ -16,6 +15,7 @@ from itd.evaluation.identities import templates_free_of
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Drawn, Made, Sets, Sight, World, leak_free_sets, require_no_leak, sample, unsure_below
+from itd.inputs import erase_settings
 from itd.metrics.intervals import Rate, rate
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, fill
@@ -30,9 +30,9 @@ AMONG_COMMON = ("name_common", "name_draft", "name_refuse")
 SETTINGS: dict[str, dict[str, Any]] = {
     "pooled": {"pooled_gate": True},
     "draft": {"draft_gate": True},
-    "name_picture": {"picture_gate": True, **emoji.PICTURES},
+    "name_picture": {"picture_gate": True},
     "name_draft": {"draft_gate": True},
-    "name_refuse": {"draft_gate": True, "edit": "refuse", "anchor": emoji.ANCHOR},
+    "name_refuse": {"draft_gate": True, "edit": "refuse"},
 }
 """What the erasers of some ways are made with, beside the protocol's settings."""
 LEAD = (
@@ -164,7 +164,8 @@ class Unsafe:
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
-        return world.eraser(f"{self.name} {by}", sets, replace(self.erase, **SETTINGS.get(by, {})))
+        settings = erase_settings(None, replace(self.erase, **SETTINGS.get(by, {})))
+        return world.eraser(f"{self.name} {by}", sets, settings)
 
     def synonyms(self, world: World, told: Sequence[str], common: int = 0) -> list[str]:
         """Return what the text encoder takes for the words that the eraser is told, and for no noun that is safe."""
