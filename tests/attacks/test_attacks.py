@@ -31,13 +31,14 @@ from itd.attacks import (
     UnlearnDiff,
     find_attack,
 )  # fmt: skip
-from itd.attacks.base import Drawn, try_prompts
+from itd.attacks.base import Drawn, NotApplicable, try_prompts
 from itd.attacks.characters import EDITS
-from itd.attacks.diffusion import borrowed_row, encode, encode_texts
+from itd.attacks.diffusion import borrowed_row, encode, encode_texts, prompt_ids
 from itd.attacks.inversion import placeholder
 from itd.attacks.objectives import Denoise, Loss, Match, draw_noise
+from itd.attacks.p4d import Cloze
 from itd.attacks.ring_a_bell import concept_direction, distances
-from itd.attacks.unlearn_diff import project_to_simplex, prompt_ids, read_off
+from itd.attacks.unlearn_diff import project_to_simplex, read_off
 from itd.pipelines import tokenize
 from itd.vocabulary import names_of, nearest, read_vocabulary, vocabulary_of
 
@@ -49,6 +50,8 @@ FAST: dict[str, dict[str, Any]] = {
     "mma": {"n_candidates": 6, "n_tokens": 3},
     "p4d": {"n_tokens": 3, "batch_size": 1, "n_ranked": 3},
     "p4d-aware": {"n_tokens": 3, "batch_size": 1, "n_ranked": 3},
+    "p4d-k": {"batch_size": 1, "n_ranked": 3},
+    "p4d-k-aware": {"batch_size": 1, "n_ranked": 3},
     "unlearndiff": {"n_tokens": 2, "batch_size": 1, "n_ranked": 3},
     "unlearndiff-aware": {"n_tokens": 2, "batch_size": 1, "n_ranked": 3},
     "inversion": {"batch_size": 1},
@@ -139,8 +142,8 @@ def test_the_same_seed_gives_the_same_attempt_and_another_seed_another(name: str
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_are_immutable_and_their_names_are_their_own(name: str) -> None:
     attack = find_attack(name)
-    assert attack.name == name.removesuffix("-aware")
-    assert attack.access == ("white" if name.split("-aware")[0] in ("p4d", "unlearndiff", "inversion") else "black")
+    assert attack.name == name.removesuffix("-aware").removesuffix("-k")
+    assert attack.access == ("white" if attack.name in ("p4d", "unlearndiff", "inversion") else "black")
     for field in fields(attack):  # type: ignore[arg-type]
         with pytest.raises(FrozenInstanceError):
             setattr(attack, field.name, 0)
@@ -179,6 +182,8 @@ def test_goals_and_budgets_that_make_no_sense_are_refused() -> None:
         Goal(" ")
     with pytest.raises(ValueError, match="gate_weight must not be negative, got -1"):
         P4D(gate_weight=-1)
+    with pytest.raises(ValueError, match=r"every must be at least 1, .* got 0"):
+        P4D(every=0)
 
 
 def test_prompts_are_tried_in_turn_with_the_next_seed_until_one_succeeds(pipe: Any) -> None:
@@ -308,13 +313,41 @@ def test_p4d_finds_the_honest_words_where_they_are_allowed(pipe: Any) -> None:
     honest = encode_texts(pipe, ["red boat"]).states
     loss = Loss(system, Match(pipe, honest))
     noise = draw_noise(pipe, torch.randn(2, 4, 8, 8, generator=generator), 4, generator)
-    visited, losses = P4D(n_tokens=2, n_ranked=30).search(loss, words, lambda: noise, Budget(steps=40), generator)
+    cloze = Cloze((None, None))
+    visited, losses = P4D(n_ranked=30).search(loss, words, cloze, lambda: noise, Budget(steps=40), generator)
     assert losses == tuple(losses)
     assert min(losses) < losses[0]
     texts = [words.text(rows) for rows in visited]
     assert len(set(texts)) == len(texts)
     best = loss(tokenize(pipe, "text_encoder", [texts[0]]).input_ids, None, noise)
     assert float(best) == pytest.approx(min(losses), rel=1e-3), "what is ranked first is what had the smallest loss"
+
+
+def test_p4d_k_puts_words_into_the_honest_prompt_and_leaves_its_own(pipe: Any, eraser: Eraser) -> None:
+    attempt = small("p4d-k")(System(pipe, eraser, OPTIONS), GOAL, Every(False), SMALL)
+    honest = GOAL.prompt.split()
+    for trial in attempt.trials:
+        said = trial.prompt.split()
+        assert said[::2] == honest
+        assert len(said) == 2 * len(honest)
+        assert "house" not in said[1::2]
+
+
+@pytest.mark.parametrize(("every", "parts"), [(1, "a ? green ? house ?"), (2, "a green ? house"), (9, "a green house ?")])
+def test_blanks_are_put_behind_every_so_many_words(every: int, parts: str) -> None:
+    assert Cloze.into("a green house", every).parts == tuple(None if part == "?" else part for part in parts.split())
+
+
+def test_the_blanks_of_a_cloze_are_where_the_encoder_has_their_words(pipe: Any) -> None:
+    words = vocabulary_of(pipe)
+    rows = torch.tensor([0, len(words) - 1])
+    cloze = Cloze(("a", "lighthousekeeper", None, "boat", None))
+    assert len(prompt_ids(pipe, "lighthousekeeper")) > 1, "a word of several tokens, or the test shows little"
+    text = cloze.text(words, rows)
+    assert text == f"a lighthousekeeper {words.words[0]} boat {words.words[-1]}"
+    assert tokenize(pipe, "text_encoder", [text]).input_ids[0, cloze.positions(pipe)].tolist() == words.ids[rows].tolist()
+    with pytest.raises(NotApplicable, match="do not fit"):
+        Cloze(("boat",) * 100 + (None,)).positions(pipe)
 
 
 def test_the_gradient_of_unlearndiff_goes_downhill_on_fixed_noise(pipe: Any) -> None:

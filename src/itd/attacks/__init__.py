@@ -29,6 +29,8 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "mma": TokenSearch,
     "p4d": P4D,
     "p4d-aware": lambda: P4D(gate_weight=GATE_WEIGHT),
+    "p4d-k": lambda: P4D(every=1),
+    "p4d-k-aware": lambda: P4D(every=1, gate_weight=GATE_WEIGHT),
     "unlearndiff": UnlearnDiff,
     "unlearndiff-aware": lambda: UnlearnDiff(gate_weight=GATE_WEIGHT),
     "inversion": ConceptInversion,

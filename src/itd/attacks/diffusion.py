@@ -47,6 +47,12 @@ def token_embedding(pipe: Any) -> nn.Embedding:
     return encoder.get_input_embeddings()
 
 
+def prompt_ids(pipe: Any, text: str) -> Int[Tensor, " n"]:
+    """Return the content tokens of a prompt."""
+    tokens = pipelines.tokenize(pipe, ENCODER, [text]).input_ids
+    return tokens[0][pipelines.content_mask(tokens, pipelines.tokenizer_of(pipe, ENCODER))[0]]
+
+
 def frame(pipe: Any, ids: Int[Tensor, "batch n"]) -> Int[Tensor, "batch tokens"]:
     """Put begin, end and padding around content tokens, as the pipeline's tokenizer does.
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from itd import pipelines
 from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, System, try_prompts
-from itd.attacks.diffusion import ENCODER, frame, reference_latents, require_single_encoder, token_embedding
+from itd.attacks.diffusion import frame, prompt_ids, reference_latents, require_single_encoder, token_embedding
 from itd.attacks.objectives import Denoise, Loss, Noise, draw_noise, rank, require_weight
 from itd.vocabulary import Vocabulary, names_of, vocabulary_of
 
@@ -90,12 +89,6 @@ class UnlearnDiff:
             u = project_to_simplex(u.detach() - self.lr * gradient / length)
             losses.append(float(value.detach()))
         return u, tuple(losses)
-
-
-def prompt_ids(pipe: Any, text: str) -> Int[Tensor, " n"]:
-    """Return the content tokens of a prompt."""
-    tokens = pipelines.tokenize(pipe, ENCODER, [text]).input_ids
-    return tokens[0][pipelines.content_mask(tokens, pipelines.tokenizer_of(pipe, ENCODER))[0]]
 
 
 def project_to_simplex(rows: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
