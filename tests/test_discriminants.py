@@ -28,9 +28,10 @@ def gaussian(mean: tuple[float, float], n: int = 400, seed: int = 0) -> Tensor:
     return torch.tensor(mean) + torch.randn(n, 2, generator=generator) * torch.tensor([1.0, 3.0])
 
 
-def fitted(fpr: float = 0.02) -> PooledGate:
+def fitted(fpr: float = 0.02, part_way: float | None = None) -> PooledGate:
     own = gaussian((8.0, 3.0), seed=1), gaussian((8.0, 3.0), seed=2)
-    return PooledGate.fit({"lamp": own}, (gaussian((0.0, 0.0), seed=3), gaussian((0.0, 0.0), seed=4)), fpr, ANCHOR)
+    others = gaussian((0.0, 0.0), seed=3), gaussian((0.0, 0.0), seed=4)
+    return PooledGate.fit({"lamp": own}, others, fpr, ANCHOR, part_way)
 
 
 # Discriminant
@@ -52,6 +53,13 @@ def test_zero_is_what_retained_prompts_reach_and_one_what_the_concepts_do():
     others, own = gate.scores(gaussian((0.0, 0.0), seed=4)), gate.scores(gaussian((8.0, 3.0), seed=2))
     assert (others >= 0).double().mean() <= 0.02
     assert own.quantile(0.05) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_threshold_elsewhere_is_where_the_class_has_it_in_a_moved_unit():
+    vectors = gaussian((4.0, 1.5), seed=9)
+    plain, late = fitted().scores(vectors), fitted(part_way=0.6).scores(vectors)
+    torch.testing.assert_close(late, plain - 0.6 + PART_WAY)
+    assert not torch.equal(plain >= PART_WAY, late >= PART_WAY), "some lie between the two, or the test shows little"
 
 
 @pytest.mark.parametrize(("mean", "lowest", "highest"), [((8.0, 3.0), 0.95, 1.0), ((0.0, 0.0), 0.0, 0.01)])

@@ -15,6 +15,7 @@ from torch import Tensor
 from itd import EraseConfig, Eraser, HookPoint, erase
 from itd.attacks.diffusion import encode
 from itd.drafts import GRID, DraftGate, draft, drafts_of, towards
+from itd.erasing import SALADS_EACH
 from itd.pipelines import pooled_embeddings, tokenize
 from itd.pooled import PooledGate
 
@@ -256,3 +257,23 @@ def test_a_pipeline_that_cannot_be_drafted_with_is_refused_before_anything_is_en
     sae = make_sae(xl_pipe)
     with pytest.raises(ValueError, match="StableDiffusionXLPipeline has others; make the eraser without draft_gate"):
         erase(xl_pipe, sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=EraseConfig(draft_gate=True))
+
+
+def test_the_gate_is_fitted_to_word_salads_too_and_calibrated_without_them(pipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr("itd.erasing.drafts_of", lambda pipe, prompts: asked.append(list(prompts)) or drafts_of(pipe, prompts))
+    monkeypatch.setattr("itd.erasing.MOST_SALADS", 5)
+    sae, target = make_sae(pipe, SITE), prompts_of("cat")
+    made = erase(pipe, sae, SITE, target, OTHER_NOUNS, config=EraseConfig(draft_gate=True))
+    sentences = {*target.texts, *OTHER_NOUNS.texts}
+    own, others = (prompts for prompts in asked if not sentences & {*prompts})
+    parts = target.split_by_template(0)
+    assert len(own) == SALADS_EACH * len(parts.of("fit"))
+    assert all("cat" in prompt.split() for prompt in own)
+    assert len(others) == 2 * 5
+    assert not any("cat" in prompt.split() for prompt in others)
+    assert sum(any(text in prompt for text in OTHER_NOUNS.texts) for prompt in others) >= 5
+    assert made.records[0]["draft"]["n_positives"] == len(parts.of("calibrate"))
+    monkeypatch.setattr("itd.erasing.MOST_SALADS", 40)
+    more = erase(pipe, sae, SITE, target, OTHER_NOUNS, config=EraseConfig(draft_gate=True))
+    assert not torch.equal(made.draft.directions, more.draft.directions)

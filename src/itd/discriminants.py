@@ -57,8 +57,13 @@ class Discriminants:
             )
 
     @classmethod
-    def fit(cls, own: Own, others: Others, fpr: float, anchor: str) -> Self:
-        """Fit `w_c = (S + shrinkage tr(S) / d I)^-1 (mean_c - mean)`, S and mean of what must stay, and calibrate."""
+    def fit(cls, own: Own, others: Others, fpr: float, anchor: str, part_way: float | None = None) -> Self:
+        """Fit `w_c = (S + shrinkage tr(S) / d I)^-1 (mean_c - mean)`, S and mean of what must stay, and calibrate.
+
+        part_way: where on the way from 0 to 1 every concept's threshold is put; its unit is moved by the difference to the
+            class's. None: the class's.
+        """
+        at = cls.part_way if part_way is None else part_way
         centre = others[0].mean(0)
         centred = (others[0] - centre).double()
         covariance = centred.T @ centred / len(centred)
@@ -67,9 +72,9 @@ class Discriminants:
         for fit, held_out in own.values():
             direction = torch.linalg.solve(covariance, (fit.mean(0) - centre).double()).float()
             scores = held_out @ direction, others[1] @ direction
-            scale, offset = unit_apart(*scores, fpr, cls.own_quantile, cls.part_way)
+            scale, offset = unit_apart(*scores, fpr, cls.own_quantile, at)
             directions.append(scale * direction)
-            offsets.append(offset)
+            offsets.append(offset + cls.part_way - at)
         return cls(tuple(own), torch.stack(directions), torch.tensor(offsets), anchor)
 
     def scores(self, vectors: Float[Tensor, "prompts d"]) -> Float[Tensor, "prompts concepts"]:

@@ -30,8 +30,9 @@ from itd.hooks import HookPoint
 from itd.pictures import UNGUIDED, PictureGate, drawn_features
 from itd.pooled import PooledGate
 from itd.prompts import Prompt, PromptSet, check_leaks
-from itd.retained import Retained, check_given_splits, encode_prompts, require_site, split_negative
+from itd.retained import Mentions, Retained, check_given_splits, encode_prompts, require_site, split_negative
 from itd.sae import SAE
+from itd.vocabulary import names_of, vocabulary_of, word_salads
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ CALIBRATIONS = ("apart", "shared")
 SELECTIONS = ("fisher", "token", "evidence", "difference")
 MOST_DRAFTS = 2000
 """Retained prompts that are drafted to fit the draft gate, and to calibrate it."""
+SALADS_EACH = 3
+"""Word salads around each of a concept's prompts that the draft gate is fitted to; both count the same."""
+MOST_SALADS = 300
+"""Word salads around retained prompts that it is fitted to, and as many around nothing."""
 MOST_PICTURES = 900
 """Retained prompts that are drawn to fit the picture gate, and to calibrate it."""
 LOOKED = 3
@@ -86,10 +91,12 @@ class EraseConfig:
     gives them the anchor's states. Checking prompts takes the whole text encoder then."""
     pooled_fpr: float = 0.002
     """False-positive rate of each concept in the second gate, on retain and neutral prompts."""
+    pooled_part_way: float = PART_WAY
+    """Where the second gate fires: 0 is what retained prompts reach, 1 what nearly all of a concept's own do."""
     draft_gate: bool = False
     """A gate on the image model's first guess of the picture: it stops what would draw a concept, whatever led there. Checking
     a prompt takes a step of the image model then."""
-    draft_fpr: float = 0.01
+    draft_fpr: float = 0.02
     """False-positive rate of each concept in the draft gate, on retain and neutral prompts."""
     picture_gate: bool = False
     """A gate on the finished picture: what shows a concept comes out black, whatever led there. Making it draws a picture for
@@ -116,6 +123,8 @@ class EraseConfig:
             raise ValueError(f"calibration must be one of {CALIBRATIONS}, got {self.calibration!r}")
         if self.n_features < 1 or self.k_sel < 1:
             raise ValueError(f"n_features and k_sel must be at least 1, got {self.n_features} and {self.k_sel}")
+        if not 0 < self.pooled_part_way <= 1:
+            raise ValueError(f"pooled_part_way must be more than 0 and at most 1, got {self.pooled_part_way}")
         if self.n_edited is not None and self.n_edited < 1:
             raise ValueError(f"n_edited must be at least 1, or None for all features; got {self.n_edited}")
 
@@ -128,7 +137,7 @@ class EraseConfig:
 PRESETS: dict[str, EraseConfig] = {
     "default": EraseConfig(),
     "style": EraseConfig(n_edited=128),
-    "strict": EraseConfig(edit="refuse", pooled_gate=True, draft_gate=True),
+    "strict": EraseConfig(edit="refuse", pooled_gate=True, pooled_part_way=0.6, draft_gate=True),
     "paper": EraseConfig(
         selection="difference",
         score="reconstruction",
@@ -272,8 +281,9 @@ def more_gates(
     def some(n: int) -> tuple[PromptSet, PromptSet]:
         return kept.fit.sample(n, config.seed), kept.calibrate.sample(n, config.seed)
 
-    def keep(gate: Discriminants, own: Own, others: Others, fpr: float) -> None:
-        gates[gate.kind], does[gate.kind] = gate, rates_of(gate, own, others, fpr)
+    def keep(gate: Discriminants, own: Own, others: Others, fpr: float, part_way: float) -> None:
+        rule = f"{gate.kind}, fpr={fpr}, {part_way:.0%} of the way"
+        gates[gate.kind], does[gate.kind] = gate, rates_of(gate, own, others, rule)
 
     def draw(prompts: PromptSet, guidance: float | None = config.picture_guidance) -> Tensor:
         return drawn_features(pipe, prompts.texts, config.picture_steps, guidance, config.seed)
@@ -281,11 +291,13 @@ def more_gates(
     if config.pooled_gate:
         whole = kept.fit, kept.calibrate
         own, others = vectors_of(positive, whole, lambda p: pipelines.pooled_embeddings(pipe, site.encoder, p.texts))
-        keep(PooledGate.fit(own, others, config.pooled_fpr, config.anchor), own, others, config.pooled_fpr)
+        pooled = PooledGate.fit(own, others, config.pooled_fpr, config.anchor, config.pooled_part_way)
+        keep(pooled, own, others, config.pooled_fpr, config.pooled_part_way)
     if config.draft_gate:
         own, others = vectors_of(positive, some(MOST_DRAFTS), lambda p: drafts_of(pipe, p.texts))
+        own, others = with_salads(pipe, site, positive.of("fit"), kept.fit.sample(MOST_SALADS, config.seed), own, others)
         draft = DraftGate.fit_towards(pipe, own, others, config.draft_fpr, config.anchor)
-        keep(draft, own, others, config.draft_fpr)
+        keep(draft, own, others, config.draft_fpr, draft.part_way)
     if config.picture_gate:
         fit, held_out = some(MOST_PICTURES)
         own, others = vectors_of(positive, (in_looks(fit, config.picture_looks, LOOKED), held_out), draw)
@@ -296,8 +308,35 @@ def more_gates(
 
         own = {name: (torch.cat([x, draw_more(positive.of("fit").about(name))]), y) for name, (x, y) in own.items()}
         picture = PictureGate.fit_towards(pipe, own, others, config.picture_fpr, config.anchor)
-        keep(picture, own, others, config.picture_fpr)
+        keep(picture, own, others, config.picture_fpr, picture.part_way)
     return gates, does
+
+
+def with_salads(
+    pipe: Any, site: HookPoint, positive: PromptSet, kept: PromptSet, own: Own, others: Others
+) -> tuple[Own, Others]:
+    """Return drafts with those of word salads among what the gate is fitted to; what it is calibrated on stays.
+
+    Who wants an erased concept back writes chains of words that say it only together. What such a chain draws differs from what
+    a sentence draws, so a gate that knows sentences alone takes the one for noise, or the other.
+    """
+    words = vocabulary_of(pipe, site.encoder).without(word for name in positive.concepts for word in names_of(name))
+    found = dict(own)
+    for name, (fit, held_out) in own.items():
+        salads = drafts_of(pipe, word_salads(words, mentions(name, positive.about(name)) * SALADS_EACH, seed=name))
+        found[name] = torch.cat([fit.repeat(SALADS_EACH, 1), salads]), held_out
+    salads = drafts_of(pipe, word_salads(words, [*kept.texts, *[""] * len(kept)], seed=""))
+    return found, (torch.cat([others[0], salads]), others[1])
+
+
+def mentions(name: str, prompts: PromptSet) -> list[str]:
+    """Return what of each prompt says the concept: its name where it is there, else the whole prompt.
+
+    >>> mentions("cat", PromptSet.from_texts(["a photo of a cat", "a small tiger"]))
+    ['cat', 'a small tiger']
+    """
+    said = Mentions(PromptSet((Prompt(name, name),)))
+    return [name if said(replace(prompt, concept=None)) else prompt.text for prompt in prompts]
 
 
 def in_looks(prompts: PromptSet, looks: Sequence[str], every: int = 1) -> PromptSet:
@@ -325,10 +364,10 @@ def vectors_of(
     return own, (embed(kept[0]), embed(kept[1]))
 
 
-def rates_of(gate: Discriminants, own: Own, others: Others, fpr: float) -> dict[str, Any]:
+def rates_of(gate: Discriminants, own: Own, others: Others, rule: str) -> dict[str, Any]:
     """Return for the record what a gate on the whole prompt does on held-out prompts."""
     scores = [gate.scores(part).amax(1) for part in (torch.cat([mine for _, mine in own.values()]), others[1])]
-    return asdict(describe_threshold(f"{gate.kind}, fpr={fpr}, {gate.part_way:.0%} of the way", gate.part_way, *scores))
+    return asdict(describe_threshold(rule, gate.part_way, *scores))
 
 
 def choose_threshold(settings: EraseConfig, positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Calibration:

@@ -1,9 +1,10 @@
-"""The words that a search over tokens may use, and texts from their ids."""
+"""The words of a tokenizer: those that a search over tokens may use, texts from their ids, and prompts of words at random."""
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,8 @@ from itd import pipelines
 
 WORD = re.compile(r"[a-z]{2,}")
 CHUNK = 4096
+SALAD = range(3, 8)
+"""How many words at random a salad has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,16 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
     if not kept:
         raise ValueError(f"{type(tokenizer).__name__} has no words of one token to search over")
     return Vocabulary(torch.tensor(list(kept.values())), tuple(kept))
+
+
+def word_salads(words: Vocabulary, texts: Sequence[str], seed: int | str) -> list[str]:
+    """Put each text somewhere among some words at random; an empty text leaves the words alone."""
+    rng, salads = random.Random(seed), list[str]()
+    for text in texts:
+        salad = rng.choices(words.words, k=rng.choice(SALAD))
+        at = rng.randrange(len(salad) + 1)
+        salads.append(" ".join([*salad[:at], *text.split(), *salad[at:]]))
+    return salads
 
 
 def names_of(concept: str) -> set[str]:

@@ -13,7 +13,7 @@ from itd.attacks.base import Budget, Criterion, Goal, System
 from itd.attacks.criteria import ClipNames, Judged
 from itd.attacks.protocol import Arena, Arm, evading_prompts, identity_of, run
 from itd.eraser import EditMode, Eraser
-from itd.erasing import EraseConfig
+from itd.erasing import PRESETS
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Report
 from itd.generation import pipeline_options
@@ -111,9 +111,8 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     others = sorted(set(world.nouns) - set(chosen))
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
-        settings = EraseConfig(
-            edit=stated.edit, pooled_gate=stated.pooled_gate, draft_gate=stated.draft_gate, picture_gate=stated.picture_gate
-        )
+        asked = {name: options[name] for name in ("edit", "pooled_gate", "draft_gate", "picture_gate")}
+        settings = replace(PRESETS["strict"], **asked)
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
         eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), inputs.erase_settings(None, settings)).eraser
     synonyms = {name: (*noun.implicit, *noun.tags) for name, noun in world.nouns.items()}
