@@ -343,7 +343,7 @@ def in_looks(prompts: PromptSet, looks: Sequence[str], every: int = 1) -> Prompt
     """Put the looks in turn behind one of `every` so many prompts; without looks the prompts are what they were.
 
     >>> in_looks(PromptSet.from_texts(["a cat", "a dog", "a cow"]), ["in oil", "in pencil"], 2).texts
-    ('a cat, in oil', 'a dog', 'a cow, in pencil')
+    ['a cat, in oil', 'a dog', 'a cow, in pencil']
     """
     if not looks:
         return prompts
