@@ -437,7 +437,7 @@ class Evaluate(OnModel):
                     raise ValueError(f"--{flag.replace('_', '-')} belongs to `itd evaluate {protocol}`, not to {self.protocol}")
         chosen: dict[str, Any] = {name: value for name, value in own.get(self.protocol, {}).items() if value is not None}
         if self.protocol not in ("minilm", "full-scale") and self.preset != "default":
-            chosen["erase"] = inputs.erase_settings(None, PRESETS[self.preset])
+            chosen["erase"] = PRESETS[self.preset]
         return chosen | {"seed": self.seed}
 
 

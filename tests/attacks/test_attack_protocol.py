@@ -17,7 +17,7 @@ from itd.attacks.arenas import AttackConfig, benign_prompts, make_goals, run_are
 from itd.attacks.base import Attempt, Trial
 from itd.attacks.criteria import Judged
 from itd.attacks.protocol import Arena, cell_of, identity_of, measures_of, names_of_attacks, run
-from itd.eraser import ANCHOR
+from itd.erasing import PRESETS
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.world import Case, Sight
 
@@ -245,9 +245,9 @@ def test_the_world_keeps_benign_concepts_from_the_eraser(tmp_path: Path, monkeyp
     assert set(asked[0]) == held_out
     assert {criterion.least for criterion in found.criteria.values() if isinstance(criterion, Judged)} == {0.3}
     assert found.record["least_sure"] == 0.3
-    assert (made["config"].edit, made["config"].anchor) == ("subtract", ANCHOR)
-    world_arena(AttackConfig(n_concepts=3, n_benign=50, edit="refuse"), tmp_path)
-    assert (made["config"].edit, made["config"].anchor) == ("refuse", emoji.ANCHOR)
+    assert made["config"] == replace(PRESETS["strict"], edit="subtract", pooled_gate=False)
+    world_arena(AttackConfig(n_concepts=3, n_benign=50, edit="refuse", pooled_gate=True), tmp_path)
+    assert made["config"] == PRESETS["strict"]
 
 
 def test_how_sure_the_judge_has_to_be_is_what_it_is_in_pictures_that_it_names_right() -> None:

@@ -15,7 +15,6 @@ from itd.evaluation.identities import templates_free_of
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Drawn, Made, Sets, Sight, World, leak_free_sets, require_no_leak, sample, unsure_below
-from itd.inputs import erase_settings
 from itd.metrics.intervals import Rate, rate
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, fill
@@ -164,8 +163,7 @@ class Unsafe:
             sets = Sets(concept_prompts(words), without(sets.retain, words), without(sets.neutral, words))
         positives = PromptSet(tuple(Prompt(case.prompt, case.noun) for case in self.implicit(world)))
         require_no_leak(sets, positives, PromptSet.from_names(safe, TEMPLATES["test"], "test"))
-        settings = erase_settings(None, replace(self.erase, **SETTINGS.get(by, {})))
-        return world.eraser(f"{self.name} {by}", sets, settings)
+        return world.eraser(f"{self.name} {by}", sets, replace(self.erase, **SETTINGS.get(by, {})))
 
     def synonyms(self, world: World, told: Sequence[str], common: int = 0) -> list[str]:
         """Return what the text encoder takes for the words that the eraser is told, and for no noun that is safe."""

@@ -23,6 +23,7 @@ from itd.eraser import Eraser
 from itd.erasing import EraseConfig, erase
 from itd.evaluation.ledger import Ledger
 from itd.gate import Decision
+from itd.inputs import erase_settings
 from itd.metrics.alignment import clip_score, perceptual_distance
 from itd.prompts import PromptSet, Split, check_leaks, fill
 from itd.sae import SAE
@@ -179,12 +180,12 @@ class World:
     # Erasers
 
     def eraser(self, key: str, sets: Sets, config: EraseConfig) -> Made:
-        """Make an eraser, or load the one that an earlier run made."""
+        """Make an eraser, or load the one that an earlier run made. What settings leave open is the embedded world's own."""
         folder = self.out / "erasers" / key.replace("/", "-").replace(" ", "-")
 
         def make() -> dict[str, Any]:
             began = time.monotonic()
-            erase(self.pipe, self.sae, emoji.HOOK_POINT, *sets, config).save(folder)
+            erase(self.pipe, self.sae, emoji.HOOK_POINT, *sets, erase_settings(None, config)).save(folder)
             n_bytes = sum(file.stat().st_size for file in folder.iterdir())
             return {"seconds": time.monotonic() - began, "n_bytes": n_bytes}
 
