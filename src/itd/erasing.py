@@ -101,7 +101,7 @@ class EraseConfig:
     picture_gate: bool = False
     """A gate on the finished picture: what shows a concept comes out black, whatever led there. Making it draws a picture for
     each of the concepts' prompts and for some that must stay; using it takes a step of the image model per picture."""
-    picture_fpr: float = 0.002
+    picture_fpr: float = 0.01
     """False-positive rate of each concept in the picture gate, on pictures of retain and neutral prompts."""
     picture_steps: int | None = None
     """Denoising steps of the pictures that it is made from; None: as many as the pipeline takes by itself."""

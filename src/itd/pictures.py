@@ -45,7 +45,7 @@ class PictureGate(ImageModelGate):
     reads: ClassVar[str] = "features of pictures"
     shrinkage: ClassVar[float] = 0.02
     own_quantile: ClassVar[float] = 0.5
-    part_way: ClassVar[float] = 0.25
+    part_way: ClassVar[float] = 0.35
 
     @staticmethod
     def origin_of(pipe: Any) -> Float[Tensor, " d"]:
