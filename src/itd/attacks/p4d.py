@@ -145,5 +145,5 @@ class Cloze:
             n_tokens += 1 if part is None else len(prompt_ids(pipe, part))
         room = pipelines.tokenizer_of(pipe, ENCODER).model_max_length
         if n_tokens >= room:
-            raise NotApplicable(f"{n_tokens - 1} tokens do not fit into the {room - 2} of the text encoder; use a larger every")
+            raise NotApplicable(f"{n_tokens - 1} tokens do not fit into the {room - 2} of the text encoder; use fewer words")
         return found
