@@ -33,7 +33,7 @@ HELD_OUT = 3
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """How much is attacked, and what may be spent on it."""
+    """How much is attacked, and what may be spent on it. The embedded world's gates are those of the preset `strict`."""
 
     n_concepts: int = 20
     """Concepts that are erased together and attacked one by one. For the embedded world."""
