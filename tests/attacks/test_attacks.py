@@ -24,6 +24,7 @@ from itd.attacks import (
     Direct,
     Goal,
     Judged,
+    RandomWords,
     RingABell,
     Synonyms,
     System,
@@ -131,7 +132,7 @@ def test_an_attack_leaves_the_pipeline_as_it_was(name: str, pipe: Any, eraser: E
         assert attached.decisions[0].fired  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["characters", "ring-a-bell", "mma", "p4d", "unlearndiff", "inversion-aware"])
+@pytest.mark.parametrize("name", ["random", "characters", "ring-a-bell", "mma", "p4d", "unlearndiff", "inversion-aware"])
 def test_the_same_seed_gives_the_same_attempt_and_another_seed_another(name: str, pipe: Any, eraser: Eraser) -> None:
     system = System(pipe, eraser, OPTIONS)
     once, again, other = (small(name)(system, replace(GOAL, seed=seed), Every(False), SMALL) for seed in (3, 3, 4))
@@ -155,14 +156,14 @@ def test_an_unknown_attack_is_named() -> None:
         find_attack("p5d")
 
 
-@pytest.mark.parametrize("name", ["synonyms", "characters", "ring-a-bell", "mma"])
+@pytest.mark.parametrize("name", ["random", "synonyms", "characters", "ring-a-bell", "mma"])
 def test_black_box_attacks_run_against_any_system_that_draws(name: str, pipe: Any) -> None:
     attempt = small(name)(Filter(pipe, "never"), GOAL, White(), SMALL)
     assert not attempt.success
     assert all(trial.fired is None for trial in attempt.trials)
 
 
-@pytest.mark.parametrize("name", ["synonyms", "ring-a-bell", "mma", "p4d", "inversion"])
+@pytest.mark.parametrize("name", ["random", "synonyms", "ring-a-bell", "mma", "p4d", "inversion"])
 def test_no_search_says_the_concept_by_its_name(name: str, pipe: Any, eraser: Eraser) -> None:
     attempt = small(name)(System(pipe, eraser, OPTIONS), GOAL, Every(False), SMALL)
     assert all("house" not in trial.prompt.split() for trial in attempt.trials)
@@ -213,6 +214,16 @@ def test_a_picture_depends_on_prompt_and_seed_and_the_gate_is_reported(pipe: Any
 
 def test_the_direct_prompt_meets_no_resistance_from_an_unprotected_system(pipe: Any) -> None:
     assert Direct()(Filter(pipe, "house"), GOAL, White(), SMALL).success
+
+
+def test_words_at_random_are_other_ones_for_every_picture_and_as_many_as_asked_for(pipe: Any) -> None:
+    words = set(vocabulary_of(pipe).words)
+    trials = RandomWords(n_tokens=2)(Filter(pipe, "never"), GOAL, White(), replace(SMALL, images=20)).trials
+    prompts = [trial.prompt.split() for trial in trials]
+    assert len(prompts) == 20
+    assert all(len(prompt) == 2 and set(prompt) <= words - {"house"} for prompt in prompts)
+    assert len({tuple(prompt) for prompt in prompts}) > 10
+    assert RandomWords(n_tokens=2)(Filter(pipe, prompts[15][0]), GOAL, White(), replace(SMALL, images=20)).success
     assert not Direct()(Filter(pipe, "cat"), GOAL, White(), SMALL).success
 
 

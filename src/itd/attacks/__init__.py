@@ -14,6 +14,7 @@ from itd.attacks.direct import Direct
 from itd.attacks.inversion import ConceptInversion
 from itd.attacks.mma import TokenSearch
 from itd.attacks.p4d import P4D
+from itd.attacks.random_words import RandomWords
 from itd.attacks.ring_a_bell import RingABell
 from itd.attacks.synonyms import Synonyms
 from itd.attacks.unlearn_diff import UnlearnDiff
@@ -23,6 +24,7 @@ GATE_WEIGHT = 1.0
 
 ATTACKS: dict[str, Callable[[], Attack]] = {
     "direct": Direct,
+    "random": RandomWords,
     "synonyms": Synonyms,
     "characters": Characters,
     "ring-a-bell": RingABell,
@@ -52,5 +54,6 @@ def find_attack(name: str) -> Attack:
 
 __all__ = [
     "ATTACKS", "P4D", "Attack", "Attempt", "Budget", "Characters", "ClipNames", "ConceptInversion", "Criterion", "Direct",
-    "Goal", "Judged", "RingABell", "Synonyms", "System", "Target", "TokenSearch", "Trial", "UnlearnDiff", "find_attack",
+    "Goal", "Judged", "RandomWords", "RingABell", "Synonyms", "System", "Target", "TokenSearch", "Trial", "UnlearnDiff",
+    "find_attack",
 ]  # fmt: skip
