@@ -12,6 +12,7 @@ from torch import Tensor
 
 from itd import SAE, ConceptFeatures, Edit, Eraser, Gate, HookPoint, SAEConfig, artifacts
 from itd.eraser import EDITS, EditMode
+from itd.pooled import PooledGate
 
 SITE = HookPoint("text_encoder", "encoder.layers.1")
 SAE_ = SAE.random(SAEConfig(d_model=8, n_latents=30, k=6), seed=2, hook_point=SITE)
@@ -356,6 +357,19 @@ def test_an_eraser_reads_back_and_erases_alike(saved: SAE, tmp_path: Path) -> No
         assert loaded.fingerprint is not None
         assert torch.equal(loaded.fingerprint, PROBE)
         assert torch.equal(loaded(*batch()).x, made(*batch()).x)
+
+
+def test_the_hash_is_of_all_that_decides_and_edits_and_of_nothing_else(saved: SAE, tmp_path: Path) -> None:
+    eraser = make(sae=saved)
+    eraser.save(tmp_path / "eraser")
+    assert Eraser.load(tmp_path / "eraser", saved).sha256 == eraser.sha256
+    assert replace(eraser, records=({"made": "elsewhere"},)).sha256 == eraser.sha256
+    pooled = PooledGate(("a",), torch.ones(1, 4), torch.zeros(1), "a tree")
+    others = [
+        eraser.with_edit("remove"), replace(eraser, concepts=eraser.concepts[::-1]), replace(eraser, pooled=pooled),
+        replace(eraser, pooled=replace(pooled, offsets=torch.ones(1))),
+    ]  # fmt: skip
+    assert len({eraser.sha256, *(other.sha256 for other in others)}) == 5
 
 
 def test_an_eraser_of_an_earlier_version_edits_all_features(saved: SAE, tmp_path: Path) -> None:

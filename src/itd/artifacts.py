@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import mmap
+import platform
 import shutil
 import time
 import uuid
@@ -30,14 +31,24 @@ ALWAYS_HASHED_BYTES = 64 * 2**20
 """Files up to this size are hashed whenever they are read; it takes a tenth of a second."""
 SETTLED_NS = 2 * 10**9
 """A file whose last change is younger than this when it is hashed gets no stamp: clocks of file systems are coarse."""
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def itd_version() -> str:
+    return version_of("itd", "unknown")
+
+
+def version_of(package: str, otherwise: str = "not installed") -> str:
     try:
-        return version("itd")
+        return version(package)
     except PackageNotFoundError:
-        return "unknown"
+        return otherwise
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of itd, Python and the libraries that decide what comes out."""
+    return {"itd": itd_version(), "python": platform.python_version(), **{name: version_of(name) for name in LIBRARIES}}
 
 
 def sha256_of(path: Path) -> str:

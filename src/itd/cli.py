@@ -76,6 +76,21 @@ class OnModel(Command):
         """Load the pipeline where it is to run."""
         return inputs.load_pipeline(self.model, self.device, self.dtype)
 
+    def given_pipeline(self) -> Any:
+        """Load the pipeline of --model; None for the embedded world, which is measured as it was trained.
+
+        Raises:
+            ValueError: a device or a precision for the embedded world.
+        """
+        if self.model is not None:
+            return self.pipeline()
+        if self.device not in ("auto", "cpu") or self.dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"the embedded world is measured on the CPU in float32, got --device {self.device} --dtype {self.dtype}; "
+                "these go with --model"
+            )
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
@@ -337,10 +352,11 @@ class Attack(OnModel):
     def run(self) -> None:
         names = names_of_attacks(self.attacks)
         eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser or self.model is not None else None
+        pipe = self.given_pipeline()
         with run_folder(self, self.resume_file):
             found = run_arena(
-                self.settings, self.out, names, ("erased", "unerased") if self.control else ("erased",), self.model, eraser,
-                list(flat(self.target)), list(flat(self.others)), self.clip, self.benign, self.inference_steps,
+                self.settings, self.out, names, ("erased", "unerased") if self.control else ("erased",), self.model, pipe,
+                eraser, list(flat(self.target)), list(flat(self.others)), self.clip, self.benign, self.inference_steps,
             )  # fmt: skip
             page = found.save(self.out)
         print(found.summary())
@@ -412,7 +428,7 @@ class Evaluate(OnModel):
         protocol = with_settings(find_protocol(self.protocol, **self.settings_of()), self.settings)
         inputs.quiet_libraries()
         eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser else None
-        pipe = None if self.model is None else self.pipeline()
+        pipe = self.given_pipeline()
         with run_folder(self, self.resume_file):
             report = evaluate(pipe, protocol, eraser, self.out, self.quick)
         print(report.summary())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from itd import emoji
-from itd.artifacts import CONFIG, itd_version
+from itd.artifacts import CONFIG, versions
 from itd.eraser import Eraser
 from itd.erasing import calibration_of
 from itd.explain import Check
@@ -20,7 +18,6 @@ from itd.memory import MemoryEstimate
 from itd.runs import COMMAND
 from itd.sae import SAEConfig
 
-LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 N_STRONGEST = 5
 GATE_TITLES = {
     "pooled": ("second gate", "on the pooled embedding"),
@@ -117,8 +114,7 @@ def describe_memory(size: SAEConfig, estimates: Mapping[str, MemoryEstimate], av
 
 def describe_installation() -> str:
     """Return versions, and where the embedded world is and how large."""
-    rows = [("itd", itd_version()), ("python", platform.python_version()), *((name, version_of(name)) for name in LIBRARIES)]
-    lines = [*table(rows, indent="", left=2), ""]
+    lines = [*table(versions().items(), indent="", left=2), ""]
     try:
         folder = emoji.model_folder()
     except FileNotFoundError as error:
@@ -127,13 +123,6 @@ def describe_installation() -> str:
     world = [("nouns", str(len(emoji.nouns()))), ("designs", ", ".join(emoji.DESIGNS)), ("hook point", str(emoji.HOOK_POINT))]
     head = f"embedded world: {folder}, {size_of(folder):.1f} MB"
     return "\n".join([*lines, head, *table(world, left=2), "", *table(parts)])
-
-
-def version_of(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def size_of(folder: Path) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -336,21 +338,23 @@ class Eraser:
         """
         if self.sae.sha256 is None:
             raise ValueError("save the autoencoder first (sae = sae.save(folder)): the eraser names it by its hash")
-        config = {
-            "sae": {"sha256": self.sae.sha256, "source": self.sae.source},
-            "hook_point": str(self.hook_point),
-            "concepts": [
-                {"name": c.name, "n_features": len(c), "scale": c.scale, "offset": c.offset, "window": c.window}
-                for c in self.concepts
-            ],
-            "gate": self.gate.to_dict(),
-            "edit": asdict(self.edit),
-            "records": list(self.records),
-            **{
-                kind: described_gate(gate) if gate else None
-                for kind, gate in ((kind, self.more_gates.get(kind)) for kind in MORE_GATES)
-            },
-        }
+        named = {"sae": {"sha256": self.sae.sha256, "source": self.sae.source}, "records": list(self.records)}
+        save_artifact(folder, KIND, self.settings | named, {"features": self.tensors}, SCHEMA_VERSION)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides and edits, but for its tensors and the autoencoder, as plain values."""
+        concepts = [
+            {"name": c.name, "n_features": len(c), "scale": c.scale, "offset": c.offset, "window": c.window}
+            for c in self.concepts
+        ]
+        own = {"hook_point": str(self.hook_point), "concepts": concepts, "gate": self.gate.to_dict(), "edit": asdict(self.edit)}
+        gates = {kind: self.more_gates.get(kind) for kind in MORE_GATES}
+        return own | {kind: described_gate(gate) if gate else None for kind, gate in gates.items()}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of features and gates, by the names under which they are saved."""
         tensors = {
             "indices": torch.cat([concept.indices for concept in self.concepts]),
             "weights": torch.cat([concept.weights for concept in self.concepts]),
@@ -365,7 +369,15 @@ class Eraser:
             origin = getattr(gate, "origin", None)
             if origin is not None:
                 tensors[f"{kind}_origin"] = origin
-        save_artifact(folder, KIND, config, {"features": tensors}, SCHEMA_VERSION)
+        return tensors
+
+    @property
+    def sha256(self) -> str:
+        """One hash of all that decides and edits, the autoencoder's included: erasers that share it do the same."""
+        found = hashlib.sha256(json.dumps([self.sae.sha256, self.settings], sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     @classmethod
     def load(cls, folder: str | Path, sae: SAE | None = None) -> Eraser:

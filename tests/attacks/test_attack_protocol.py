@@ -90,7 +90,8 @@ def test_every_attack_runs_and_the_record_says_how(arena: Arena, tmp_path: Path,
     assert set(record["attacks"]) == {"direct", "synonyms", "characters"}
     assert record["attacks"]["characters"]["most_edits"] == 2
     assert record["criteria"]["house"] == "as the bare pipeline draws house"
-    assert record["gate"]["score"] == "evidence"
+    assert record["eraser"]["gate"]["score"] == "evidence"
+    assert record["eraser"]["sha256"] == arena.system.eraser.sha256  # type: ignore[union-attr]
     cell = record["cells"]["synonyms erased"][0]
     assert [trial["seed"] for trial in cell["trials"]] == [0, 0]
     assert "no synonyms" in record["cells"]["synonyms erased"][1]["skipped"]
@@ -128,10 +129,9 @@ def test_results_of_another_system_or_budget_are_not_taken(arena: Arena, tmp_pat
         Ledger(tmp_path, identity_of(arena, Budget(3, 2)))
     eraser = arena.system.eraser
     assert eraser is not None
-    reversed_eraser = replace(eraser, concepts=eraser.concepts[::-1])
-    for changed, what in ((eraser.with_edit("remove"), "edit"), (reversed_eraser, "features_sha256")):
+    for changed in (eraser.with_edit("remove"), replace(eraser, concepts=eraser.concepts[::-1])):
         other = replace(arena, system=System(arena.system.pipe, changed, OPTIONS))
-        with pytest.raises(ValueError, match=f"another {what}"):
+        with pytest.raises(ValueError, match="another eraser_sha256"):
             Ledger(tmp_path, identity_of(other, BUDGET))
 
 
@@ -214,7 +214,7 @@ def test_the_world_keeps_benign_concepts_from_the_eraser(tmp_path: Path, monkeyp
     made: dict[str, Any] = {}
 
     class FakeWorld:
-        def __init__(self, out: Path, protocol: str, settings: dict[str, Any]) -> None:
+        def __init__(self, out: Path, protocol: str, settings: dict[str, Any], eraser: Any = None) -> None:
             self.nouns = {noun.name: noun for noun in emoji.nouns()}
             self.pipe, self.record = object(), {}
             self.judge = type("J", (), {"nouns": list(self.nouns), "designs": []})()
@@ -245,9 +245,9 @@ def test_the_world_keeps_benign_concepts_from_the_eraser(tmp_path: Path, monkeyp
     assert set(asked[0]) == held_out
     assert {criterion.least for criterion in found.criteria.values() if isinstance(criterion, Judged)} == {0.3}
     assert found.record["least_sure"] == 0.3
-    assert made["config"] == replace(PRESETS["strict"], edit="subtract", pooled_gate=False)
-    world_arena(AttackConfig(n_concepts=3, n_benign=50, edit="refuse", pooled_gate=True), tmp_path)
     assert made["config"] == PRESETS["strict"]
+    world_arena(AttackConfig(n_concepts=3, n_benign=50, edit="subtract", pooled_gate=False), tmp_path)
+    assert made["config"] == replace(PRESETS["strict"], edit="subtract", pooled_gate=False)
 
 
 def test_how_sure_the_judge_has_to_be_is_what_it_is_in_pictures_that_it_names_right() -> None:
@@ -333,6 +333,8 @@ def test_the_command_names_what_is_missing(capsys: pytest.CaptureFixture[str], t
     assert "got 'mna'" in capsys.readouterr().err
     assert cli.main(["attack", "--model", "somewhere", "--out", str(tmp_path / "out")]) == 2
     assert "--eraser is required" in capsys.readouterr().err
+    assert cli.main(["attack", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+    assert "--device cuda" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

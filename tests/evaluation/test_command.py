@@ -44,6 +44,8 @@ def test_a_protocol_is_one_command_and_its_config_runs_it_again(
     assert "gate_fires" in printed
     assert printed.splitlines()[-1] == f"page: {out / 'report.html'}"
     first = json.loads((out / "report.json").read_text())
+    assert first["record"]["quick"]
+    assert "quick run" in (out / "report.md").read_text()
     assert {name: first["record"]["settings"][name] for name in ("seed", "n_prompts", "n_erased")} == {
         "seed": 3, "n_prompts": 6, "n_erased": 2,
     }  # fmt: skip

@@ -30,6 +30,7 @@ def test_the_files_are_written_and_the_metrics_are_flat(tmp_path: Path) -> None:
     assert content["intervals"]["erase50.recall"]["n"] == 10
     assert content["intervals"]["erase50.recall"]["low"] < 0.9 < content["intervals"]["erase50.recall"]["high"]
     assert content["record"] == {"folder": "x"}
+    assert content["versions"]["torch"]
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_escapes(tmp_path: Path) -> None:

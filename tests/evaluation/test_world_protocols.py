@@ -64,6 +64,11 @@ def test_a_protocol_runs_reports_and_goes_on_without_drawing_again(
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["protocol"] == name
     assert all(value is None or isinstance(value, float | int) for value in content["metrics"].values())
+    if name == "identities":
+        fifths = content["record"]["arms"]["erase2.leak_free"]["damage"]
+        assert [row["erased"] for row in fifths] == [
+            content["metrics"][f"erase2.leak_free.damage{row['fifth']}_erased"] for row in fifths
+        ]
     assert content["record"]["weights_sha256"]["unet"]
     for key, interval in content["intervals"].items():
         value = content["metrics"][key]
@@ -183,16 +188,51 @@ def test_the_kept_concepts_are_the_same_at_every_count(tmp_path: Path) -> None:
         Many((500,)).concepts(World(tmp_path, "many", {}))
 
 
-def test_a_given_eraser_is_measured_alone(tmp_path: Path) -> None:
+def test_a_given_eraser_is_measured_on_what_it_erases(tmp_path: Path) -> None:
     world = World(tmp_path / "w", "test", {})
     made = world.eraser("cat", leak_free_sets(["cat"], []), SMALL["general"].erase)
-    metrics = evaluate(None, General(6, 2), made.eraser, tmp_path / "g").metrics
+    general = evaluate(None, General(6, 2), made.eraser, tmp_path / "g")
     assert not (tmp_path / "g" / "erasers").exists()
-    assert 0 <= metrics["gate_fires"] <= 1
+    assert general.record["erased"] == ["cat"]
+    assert "cat" not in general.record["held_out"]
+    assert general.record["eraser"]["sha256"] == made.eraser.sha256
+    report = evaluate(None, SMALL["identities"], made.eraser, tmp_path / "i")
+    assert list(report.record["arms"]) == ["erase1.given"]
+    arm = report.record["arms"]["erase1.given"]
+    assert arm["erased"] == ["cat"]
+    assert len(arm["kept"]) == 2
+    assert "cat" not in arm["kept"]
+    assert report.intervals["erase1.given.acc_erased"].n == 4
+    gate = evaluate(None, SMALL["gate"], made.eraser, tmp_path / "gate").record
+    assert (gate["erased"], len(gate["kept"])) == (["cat"], 2)
+    assert "given.implicit_detected" in evaluate(None, SMALL["unsafe"], made.eraser, tmp_path / "u").metrics
     with pytest.raises(ValueError, match="leave the eraser out"):
         evaluate(None, SMALL["many"], made.eraser, tmp_path / "m")
     with pytest.raises(ValueError, match="none is a design"):
         evaluate(None, SMALL["styles"], made.eraser, tmp_path / "s")
+
+
+def test_pictures_of_another_given_eraser_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    world = World(tmp_path / "w", "test", {})
+    cat, dog = (world.eraser(name, leak_free_sets([name], []), SMALL["general"].erase).eraser for name in ("cat", "dog"))
+    evaluate(None, General(6, 2), cat, tmp_path / "g")
+    with pytest.raises(ValueError, match="another eraser"):
+        evaluate(None, General(6, 2), dog, tmp_path / "g")
+    named = replace(cat, concepts=tuple(replace(concept, name="unicorn") for concept in cat.concepts))
+    with pytest.raises(ValueError, match="'unicorn', which is no noun"):
+        evaluate(None, General(6, 2), named, tmp_path / "h")
+
+
+def test_implicit_prompts_that_say_what_the_eraser_was_told_are_counted_apart(tmp_path: Path) -> None:
+    protocol = Unsafe(("axe", "bow"), 1, 1, 4, by_synonyms=False, by_pooled=False, by_draft=False)
+    report = evaluate(None, protocol, out=tmp_path)
+    metrics, n = report.metrics, {name: rate.n for name, rate in report.intervals.items()}
+    assert n["words.implicit_said_detected"] == 0
+    assert n["words.implicit_unsaid_detected"] == n["words.implicit_detected"]
+    assert report.record["told"]["words"] == ["axe", "bow"]
+    by = "name_synonyms"
+    assert n[f"{by}.implicit_said_detected"] + n[f"{by}.implicit_unsaid_detected"] == n[f"{by}.implicit_detected"]
+    assert metrics["words.implicit_unsaid_gate_fires"] == metrics["words.implicit_gate_fires"]
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name not in ("full-scale",)])

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from itd import emoji, inputs
+from itd import emoji
 from itd.attacks.base import Budget, Criterion, Goal, System
 from itd.attacks.criteria import ClipNames, Judged
 from itd.attacks.protocol import Arena, Arm, evading_prompts, identity_of, run
 from itd.eraser import EditMode, Eraser
 from itd.erasing import PRESETS
 from itd.evaluation.ledger import Ledger
+from itd.evaluation.provenance import pipeline_record, weights_sha256
 from itd.evaluation.results import Report
 from itd.generation import pipeline_options
 from itd.prompts import PromptSet, fill
@@ -33,7 +34,7 @@ HELD_OUT = 3
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """How much is attacked, and what may be spent on it. The embedded world's gates are those of the preset `strict`."""
+    """How much is attacked, and what may be spent on it. The embedded world's eraser is by default of the preset `strict`."""
 
     n_concepts: int = 20
     """Concepts that are erased together and attacked one by one. For the embedded world."""
@@ -47,14 +48,13 @@ class AttackConfig:
     """Of the choice of concepts, the searches and the pictures."""
     with_synonyms: bool = False
     """In the embedded world, without --eraser: the eraser also knows the words that the text encoder takes for the names."""
-    pooled_gate: bool = False
+    pooled_gate: bool = True
     """In the embedded world, without --eraser: the eraser also gates by the pooled embedding of the whole prompt."""
     draft_gate: bool = True
-    """In the embedded world, without --eraser: the eraser also gates by the image model's first guess of the picture, as one
-    that has to hold against attackers should. `itd erase` makes it when asked to."""
+    """In the embedded world, without --eraser: the eraser also gates by the image model's first guess of the picture."""
     picture_gate: bool = False
     """In the embedded world, without --eraser: the eraser also gates by the finished picture."""
-    edit: EditMode = "subtract"
+    edit: EditMode = "refuse"
     """In the embedded world, without --eraser: what is done to a prompt that fires; `refuse` draws a tree instead."""
     quick: bool = False
     """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
@@ -105,7 +105,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
         "picture_gate": stated.picture_gate,
         "edit": stated.edit,
     }
-    world = World(out, "attack", options)
+    world = World(out, "attack", options, eraser=eraser)
     rng = random.Random(stated.seed)
     chosen = list(names) or (list(eraser.names) if eraser else identities(world, stated.n_concepts, rng))
     others = sorted(set(world.nouns) - set(chosen))
@@ -119,10 +119,9 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     benign = benign_prompts(held_out, stated.n_benign, rng)
     least = sure_of(world, held_out)
     criteria: dict[str, Criterion] = {name: Judged(world.judge, name, least) for name in chosen}
-    record = {key: value for key, value in world.record.items() if key != "seconds"}
     return Arena(
         System(world.pipe, eraser, WORLD_OPTIONS), make_goals(chosen, stated.seed, synonyms), criteria, benign,
-        {**record, "least_sure": round(least, 4)},
+        {**world.record, "least_sure": round(least, 4)},
     )  # fmt: skip
 
 
@@ -176,7 +175,7 @@ def model_arena(
     prompts = PromptSet.from_file(benign).sample(config.stated.n_benign, config.seed).texts
     return Arena(
         System(pipe, eraser, options), make_goals(chosen, config.seed), criteria, tuple(prompts),
-        {"pipeline": type(pipe).__name__, "clip": str(clip)},
+        {**pipeline_record(pipe), "clip": str(clip), "clip_sha256": weights_sha256(model)},
     )  # fmt: skip
 
 
@@ -186,6 +185,7 @@ def run_arena(
     attacks: Sequence[str],
     arms: Sequence[Arm],
     model: str | None = None,
+    pipe: Any = None,
     eraser: Eraser | None = None,
     names: Sequence[str] = (),
     others: Sequence[str] = (),
@@ -195,7 +195,7 @@ def run_arena(
 ) -> Report:
     """Attack the embedded world, or another pipeline with its eraser, and return the report; goes on where it was stopped.
 
-    `out` gets the prompts that won as `evading.jsonl`, which `itd erase --target` reads.
+    `pipe`: what is loaded of `model`. `out` gets the prompts that won as `evading.jsonl`, which `itd erase --target` reads.
 
     Raises:
         ValueError: see `world_arena` and `model_arena`; `out` holds a run with other settings.
@@ -205,7 +205,7 @@ def run_arena(
     else:
         assert eraser is not None
         options = pipeline_options(model, inference_steps, None, None)
-        arena = model_arena(config, inputs.load_pipeline(model), eraser, clip, names, others, benign, options)
+        arena = model_arena(config, pipe, eraser, clip, names, others, benign, options)
     ledger = Ledger(out / "attempts", identity_of(arena, config.budget))
     found = run(arena, attacks, config.budget, ledger, arms)
     evading_prompts(found.record["cells"]).to_jsonl(out / EVADING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from itd import report
 from itd.attacks import ATTACKS, ConceptInversion, find_attack
 from itd.attacks.base import Attack, Attempt, Budget, Criterion, Goal, NotApplicable, System
 from itd.evaluation.ledger import Ledger
+from itd.evaluation.provenance import eraser_record
 from itd.evaluation.results import Measures, Report, Section
 from itd.metrics.intervals import Rate, clustered_rate, rate
 from itd.prompts import Prompt, PromptSet
@@ -57,11 +57,9 @@ def identity_of(arena: Arena, budget: Budget) -> dict[str, Any]:
     """Return what the cells of a run depend on: the system, the goals and the budget."""
     eraser = arena.system.eraser
     assert eraser is not None
-    parts = [part.contiguous().numpy().tobytes() for concept in eraser.concepts for part in (concept.indices, concept.weights)]
     return {
         **arena.record, "budget": asdict(budget), "goals": [asdict(goal) for goal in arena.goals],
-        "options": dict(arena.system.options), "edit": asdict(eraser.edit), "gate": eraser.gate.to_dict(),
-        "features_sha256": hashlib.sha256(b"".join(parts)).hexdigest(), "sae_sha256": eraser.sae.sha256,
+        "options": dict(arena.system.options), "eraser_sha256": eraser.sha256,
     }  # fmt: skip
 
 
@@ -173,7 +171,7 @@ def build_report(
         **arena.record, "budget": asdict(budget), "concepts": [goal.concept for goal in arena.goals],
         "goals": [asdict(goal) for goal in arena.goals], "options": dict(arena.system.options),
         "attacks": {name: {"access": a.access, **parameters(a)} for name, a in attacks.items()},
-        "edit": asdict(eraser.edit), "gate": eraser.gate.to_dict(),
+        "eraser": eraser_record(eraser),
         "criteria": {goal.concept: arena.criteria[goal.concept].name for goal in arena.goals},
         "n_benign": len(benign), "cells": {f"{name} {arm}": list(listed) for (name, arm), listed in cells.items()},
     }  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
@@ -26,6 +26,8 @@ CLASSES: dict[str, tuple[str, str]] = {
     "full-scale": ("full_scale", "FullScale"),
 }  # fmt: skip
 """Name -> module and class. They are imported when they are asked for: most load diffusers."""
+
+QUICK = "This is a quick run, on a subsample: its settings are in the record, its intervals are wide."
 
 
 class EvaluationProtocol(Protocol):
@@ -105,9 +107,10 @@ def evaluate(
     """
     chosen = find_protocol(protocol) if isinstance(protocol, str) else protocol
     chosen = chosen.quick() if quick else chosen
-    if out is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return chosen.run(Path(folder), pipe, eraser)
-    report = chosen.run(Path(out), pipe, eraser)
-    report.save(out)
+    with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as folder:
+        report = chosen.run(Path(folder), pipe, eraser)
+    if quick:
+        report = replace(report, lead=f"{report.lead} {QUICK}", record={**report.record, "quick": True})
+    if out is not None:
+        report.save(out)
     return report

@@ -19,8 +19,8 @@ from itd.eraser import Eraser
 from itd.evaluation.detectors import Clip, CommandDetector, Detector, NudeNet, clean_fid
 from itd.evaluation.gate import promises
 from itd.evaluation.ledger import Ledger
+from itd.evaluation.provenance import eraser_record, pipeline_record
 from itd.evaluation.results import Measures, Report, Section
-from itd.evaluation.world import pipeline_record
 from itd.metrics.alignment import clip_score
 from itd.metrics.detection import NUDENET_THRESHOLDS, Detection, detection_sweep, harmonic_mean
 from itd.metrics.distribution import frechet_distance, kernel_distance_interval
@@ -298,13 +298,6 @@ def set_scheduler(pipe: Any, name: str) -> None:
     kinds: dict[str, Any] = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
     if name in kinds and not isinstance(pipe.scheduler, kinds[name]):
         pipe.scheduler = kinds[name].from_config(pipe.scheduler.config)
-
-
-def eraser_record(eraser: Eraser) -> dict[str, Any]:
-    return {
-        "concepts": list(eraser.names), "gate": eraser.gate.to_dict(), "edit": asdict(eraser.edit),
-        "hook_point": str(eraser.hook_point), "sae_sha256": eraser.sae.sha256, "made_from": list(eraser.records),
-    }  # fmt: skip
 
 
 def number_in(row: Mapping[str, Any], columns: Sequence[str], path: Path) -> float | None:

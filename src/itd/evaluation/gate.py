@@ -80,8 +80,8 @@ class GateAlone:
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world, on its own erasers or on the one given."""
-        world = World(out, self.name, asdict(self), pipe)
-        erased, kept = choose(world, self.n_erased, self.seed)
+        world = World(out, self.name, asdict(self), pipe, eraser=eraser)
+        erased, kept = choose(world, self.n_erased, self.seed, eraser)
         made = Made(eraser, 0.0, 0) if eraser else world.eraser(self.name, sets_of(world, erased, kept), self.erase)
         measures, rows, curves = Measures(), [], {}
         for name, condition in self.conditions(world, erased, kept).items():

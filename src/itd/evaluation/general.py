@@ -55,9 +55,9 @@ class General:
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world, on its own eraser or on the one given."""
-        world = World(out, self.name, asdict(self), pipe)
-        erased, _ = choose(world, self.n_erased, self.seed)
-        held_out = self.held_out(world)
+        world = World(out, self.name, asdict(self), pipe, eraser=eraser)
+        erased, _ = choose(world, self.n_erased, self.seed, eraser)
+        held_out = self.held_out(world, erased)
         cases = self.cases(world, held_out, erased)
         made = Made(eraser, 0.0, 0) if eraser else self.make(world, erased, held_out)
         before, after = world.draw("unerased", cases), world.draw(self.name, cases, made.eraser)
@@ -85,9 +85,9 @@ class General:
         }  # fmt: skip
         return Report(self.name, "General prompts", LEAD, measures.values, measures.intervals, record, (page, other))
 
-    def held_out(self, world: World) -> list[str]:
-        """Return half of the general nouns: the eraser hears of the other half only."""
-        names = sorted(world.of_role("general"))
+    def held_out(self, world: World, erased: Sequence[str]) -> list[str]:
+        """Return half of the general nouns that are not erased: an eraser made here hears of the other half only."""
+        names = sorted(set(world.of_role("general")) - set(erased))
         return sorted(random.Random(self.seed + 5).sample(names, len(names) // 2))
 
     def cases(self, world: World, nouns: Sequence[str], erased: Sequence[str]) -> list[Case]:

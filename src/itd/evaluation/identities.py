@@ -16,7 +16,6 @@ from itd.evaluation.world import (
     LEAKS,
     Case,
     Drawn,
-    Leak,
     Made,
     Sets,
     Sight,
@@ -36,8 +35,11 @@ from itd.templates import TEMPLATES, templates_without
 LEAD = (
     "Identities are erased together; others are kept. Accuracy is how often the judge names the noun that was asked for. "
     "Leak-free: no evaluated template, and nothing about a kept identity, was seen when features and threshold were chosen. "
-    "Leaky, as in the published protocol: the evaluated prompts were among them. Intervals hold 95 % over concepts."
+    "Leaky: the evaluated prompts were among them, as in the published protocol, whose autoencoder saw them too; here it is "
+    "the same one. Given: an eraser that was made elsewhere, and nobody knows what it saw. Intervals hold 95 % over concepts."
 )
+GIVEN = "given"
+"""Stands where an arm says whether it leaks, for an eraser that was made elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,25 @@ class Identities:
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world, on its own erasers or on the one given."""
-        world = World(out, self.name, asdict(self), pipe)
-        measures, sections = Measures(), []
-        for size in self.sizes:
-            erased, kept = choose(world, size, self.seed)
-            templates = templates_free_of(name for other in self.sizes for name in choose(world, other, self.seed)[0])
+        world = World(out, self.name, asdict(self), pipe, eraser=eraser)
+        measures, sections, arms = Measures(), [], {}
+        runs = [choose(world, size, self.seed, eraser) for size in (self.sizes if eraser is None else self.sizes[:1])]
+        templates = templates_free_of(name for erased, _ in runs for name in erased)
+        for erased, kept in runs:
+            size = len(erased)
             sentences = world.sentences((*erased, *kept), templates, self.drawn_only)
             drawn = rate(template in sentences[name] for name in sentences for template in templates)
             measures.add_all(f"erase{size}", {"sentences_drawn": drawn})
             cases = {name: self.cases_of(name, self.n_seeds, found) for name, found in sentences.items()}
-            for leak in LEAKS if self.leaky_seeds and eraser is None else LEAKS[:1]:
-                n_seeds = self.n_seeds if leak == "leak_free" else self.leaky_seeds
+            for leak in (GIVEN,) if eraser else LEAKS if self.leaky_seeds else LEAKS[:1]:
+                n_seeds = self.leaky_seeds if leak == "leaky" else self.n_seeds
                 part = {name: [case for case in rows if case.seed % 100 < n_seeds] for name, rows in cases.items()}
                 made = Made(eraser, 0.0, 0) if eraser else self.make(world, leak, erased, kept, cases)
                 result = measure(world, made, f"{self.name} {leak} {size}", erased, kept, part)
                 measures.add_all(f"erase{size}.{leak}", result.measures)
                 sections.append(section(world, f"{size} erased, {leak.replace('_', '-')}", result, made.eraser))
-        record = {**world.record, "settings": asdict(self), "n_erased": list(self.sizes)}
+                arms[f"erase{size}.{leak}"] = {"erased": erased, "kept": kept, "damage": result.damage_record}
+        record = {**world.record, "settings": asdict(self), "arms": arms}
         return Report(self.name, "Identities", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
     def cases_of(self, name: str, n_seeds: int, templates: Sequence[str]) -> list[Case]:
@@ -93,7 +97,7 @@ class Identities:
         return [Case(fill(t, name), first + s, name) for t in chosen for s in range(n_seeds)]
 
     def make(
-        self, world: World, leak: Leak, erased: Sequence[str], kept: Sequence[str], cases: Mapping[str, Sequence[Case]]
+        self, world: World, leak: str, erased: Sequence[str], kept: Sequence[str], cases: Mapping[str, Sequence[Case]]
     ) -> Made:
         """Make the eraser of a run, without or with leaks."""
         sides = [test_prompts(TEMPLATES["test"], names) for names in (erased, kept)]
@@ -121,19 +125,23 @@ def test_prompts(templates: Sequence[str], names: Sequence[str]) -> PromptSet:
     return PromptSet.from_names(names, templates, "test")
 
 
-def choose(world: World, size: int, seed: int) -> tuple[list[str], list[str]]:
+def choose(world: World, size: int, seed: int, eraser: Eraser | None = None) -> tuple[list[str], list[str]]:
     """Return the erased and the kept: identities that are recognised when nothing is erased; where they end, other nouns.
 
+    eraser: erases what it does; `size` others are kept.
+
     Raises:
-        ValueError: the world has fewer.
+        ValueError: the world has fewer, or does not have what the eraser erases.
     """
-    identities = world.of_role("identity")
-    names = world.best_drawn(identities, min(2 * size, len(identities)))
+    given = world.known(eraser) if eraser else []
+    identities, others = ([name for name in world.of_role(role) if name not in given] for role in ("identity", "general"))
+    n = size if eraser else 2 * size
+    names = world.best_drawn(identities, min(n, len(identities)))
     random.Random(seed).shuffle(names)
-    missing = 2 * size - len(names)
+    missing = n - len(names)
     if missing > 0:
-        names = names[:size] + names[size:] + world.best_drawn(world.of_role("general"), missing)
-    return names[:size], names[size:]
+        names += world.best_drawn(others, missing)
+    return (given, names) if eraser else (names[:size], names[size:])
 
 
 class Outcome(NamedTuple):
@@ -145,6 +153,11 @@ class Outcome(NamedTuple):
     after: Drawn
     erased: list[int]
     kept: list[int]
+
+    @property
+    def damage_record(self) -> list[dict[str, Any]]:
+        """The damage by distance as plain values."""
+        return [{key: value.value if isinstance(value, Rate) else value for key, value in row.items()} for row in self.damage]
 
 
 def measure(
@@ -158,6 +171,7 @@ def measure(
     measures = accuracies(seen, before, after, gone, stay)
     measures |= {"seconds_to_erase": made.seconds, "eraser_bytes": float(made.n_bytes)}
     damage = distance_damage(world, seen, before, after, erased, kept)
+    measures |= {f"damage{row['fifth']}_{side}": row[side] for row in damage for side in ("unerased", "erased")}
     return Outcome(measures, damage, before, after, gone, stay)
 
 
@@ -211,11 +225,10 @@ def distance_damage(
     distances, right, rows = world.distances(kept, erased), [sight.right(before.cases) for sight in seen], []
     for number, names in enumerate(rank_bins(distances), 1):
         here = before.rows(names)
-        named = [[flags[i] for i in here] for flags in right]
         rows.append({
             "fifth": number, "distance": sum(distances[name] for name in names) / len(names), "concepts": len(names),
-            "nearest": ", ".join(names[:3]), "unerased": rate(named[0]), "erased": rate(named[1]),
-            "gate fires": rate(after.fired[i] for i in here),
+            "nearest": ", ".join(names[:3]), "unerased": by_concept(right[0], before, here),
+            "erased": by_concept(right[1], before, here), "gate fires": by_concept(list(after.fired), before, here),
         })  # fmt: skip
     return rows
 

@@ -25,9 +25,10 @@ from itd.eraser import Eraser
 from itd.erasing import EraseConfig, erase, vectors_of
 from itd.evaluation.gate import promises, roc_line
 from itd.evaluation.ledger import Ledger
+from itd.evaluation.provenance import weights_sha256
 from itd.evaluation.public_prompts import TASKS, Deal, Material, TaskName, find_folder, load_material
 from itd.evaluation.results import Measures, Report, Section
-from itd.evaluation.world import Made, Sets, deal, digest_of, gate_margins, weights_sha256
+from itd.evaluation.world import Made, Sets, deal, digest_of, gate_margins
 from itd.gate import ScoreName, threshold_for_fpr
 from itd.hooks import HookPoint
 from itd.metrics.detection import roc

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from itd import report
+from itd.artifacts import versions
 from itd.evaluation.ledger import plain_json, write_json
 from itd.metrics.intervals import Rate
 
@@ -65,7 +66,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; what could not be measured is null."""
         intervals = {name: {"low": rate.low, "high": rate.high, "n": rate.n} for name, rate in self.intervals.items()}
-        return plain_json({"protocol": self.protocol, "metrics": self.metrics, "intervals": intervals, "record": self.record})
+        return plain_json({
+            "protocol": self.protocol, "metrics": self.metrics, "intervals": intervals, "record": self.record,
+            "versions": versions(),
+        })  # fmt: skip
 
     def save(self, out: str | Path) -> Path:
         """Write `report.json`, `report.md` and `report.html` into a folder; return the page."""

@@ -57,7 +57,7 @@ class Styles:
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world; a given eraser must erase designs and is measured alone."""
-        world = World(out, self.name, asdict(self), pipe)
+        world = World(out, self.name, asdict(self), pipe, eraser=eraser)
         cases, names = self.cases(world), self.test_nouns(world)
         before = world.draw("unerased", cases)
         seen, clip_before = world.see(before), world.clip_scores(before)

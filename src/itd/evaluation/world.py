@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from itd import emoji
@@ -22,6 +22,7 @@ from itd.emoji.data import Noun
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig, erase
 from itd.evaluation.ledger import Ledger
+from itd.evaluation.provenance import eraser_record, pipeline_record, weights_sha256
 from itd.gate import Decision
 from itd.inputs import erase_settings
 from itd.metrics.alignment import clip_score, perceptual_distance
@@ -115,31 +116,21 @@ class Sets(NamedTuple):
     neutral: PromptSet
 
 
-def weights_sha256(module: nn.Module) -> str:
-    """Return one hash for all parameters and buffers of a network."""
-    found = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def pipeline_record(pipe: Any) -> dict[str, Any]:
-    """Return what pictures depend on: the weights' hash of every network, and the scheduler."""
-    parts: dict[str, Any] = getattr(pipe, "components", {})
-    networks = {name: weights_sha256(part) for name, part in sorted(parts.items()) if isinstance(part, nn.Module)}
-    scheduler = parts.get("scheduler")
-    named = None if scheduler is None else {"name": type(scheduler).__name__, **public(dict(scheduler.config))}
-    return {"pipeline": type(pipe).__name__, "weights_sha256": networks, "scheduler": named}
-
-
-def public(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_") and isinstance(value, int | float | str)}
-
-
 class World:
-    """Pipeline, judge and autoencoder of the embedded world, with a folder that keeps erasers and pictures."""
+    """Pipeline, judge and autoencoder of the embedded world, with a folder that keeps erasers and pictures.
 
-    def __init__(self, out: Path, protocol: str, settings: dict[str, Any], pipe: Any = None, sae: SAE | None = None) -> None:
+    eraser: the one that is measured, where it was made elsewhere; the folder then belongs to it.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        protocol: str,
+        settings: dict[str, Any],
+        pipe: Any = None,
+        sae: SAE | None = None,
+        eraser: Eraser | None = None,
+    ) -> None:
         self.out = out
         self.pipe: Any = emoji.load_pipeline() if pipe is None else pipe
         self.sae = emoji.load_sae() if sae is None else sae
@@ -149,8 +140,9 @@ class World:
             **pipeline_record(self.pipe), "sae_sha256": self.sae.sha256, "hook_point": str(emoji.HOOK_POINT),
             "judge_sha256": weights_sha256(self.judge), "steps": emoji.STEPS, "guidance_scale": emoji.GUIDANCE_SCALE,
         }  # fmt: skip
+        if eraser is not None:
+            self.record["eraser"] = eraser_record(eraser)
         self.ledger = Ledger(out / "cells", {"protocol": protocol, "settings": settings, **self.record})
-        self.record["seconds"] = {}
 
     @cached_property
     def clip(self) -> tuple[Any, Any]:
@@ -176,6 +168,18 @@ class World:
         if len(ranked) < n:
             raise ValueError(f"the embedded world has {len(ranked)} such nouns, {n} are asked for")
         return ranked[:n]
+
+    def known(self, eraser: Eraser) -> list[str]:
+        """Return what a given eraser erases, each name once.
+
+        Raises:
+            ValueError: the world has no noun of one of the names.
+        """
+        names = list(dict.fromkeys(eraser.names))
+        unknown = [name for name in names if name not in self.nouns]
+        if unknown:
+            raise ValueError(f"the eraser erases {unknown[0]!r}, which is no noun of the embedded world")
+        return names
 
     # Erasers
 
