@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -100,9 +101,25 @@ def test_without_guidance_the_gate_works_too(pipe: Any, eraser: Eraser) -> None:
         assert not same(draw(pipe, HOUSE, guidance_scale=0.0), plain[HOUSE])
 
 
-def test_a_layer_skipped_from_the_end_is_edited_too(pipe: Any, eraser: Eraser) -> None:
-    if not hasattr(pipe.text_encoder, "text_model"):  # where this diffusers looks for the last norm
+def allow_clip_skip(pipe: Any) -> None:
+    """Put the last norm where this diffusers looks for it."""
+    if not hasattr(pipe.text_encoder, "text_model"):
         vars(pipe.text_encoder)["text_model"] = SimpleNamespace(final_layer_norm=pipe.text_encoder.final_layer_norm)
+
+
+def test_states_from_before_the_hook_point_are_an_error_where_an_edit_could_not_reach_them(pipe: Any, eraser: Eraser) -> None:
+    allow_clip_skip(pipe)
+    plain = draw(pipe, HOUSE, clip_skip=2)
+    with eraser.attach(pipe):
+        with pytest.raises(ValueError, match=r"clip_skip=2 gives .* from before text_encoder:encoder\.layers\.1"):
+            draw(pipe, HOUSE, clip_skip=2)
+        draw(pipe, HOUSE)
+    with eraser.with_edit("refuse").attach(pipe):
+        assert not same(draw(pipe, HOUSE, clip_skip=2), plain)
+
+
+def test_a_layer_skipped_from_the_end_is_edited_too(pipe: Any, eraser: Eraser) -> None:
+    allow_clip_skip(pipe)
     plain = {prompt: draw(pipe, prompt, clip_skip=1) for prompt in (CAT, HOUSE)}
     with eraser.attach(pipe):
         assert same(draw(pipe, CAT, clip_skip=1), plain[CAT])
@@ -136,6 +153,49 @@ def test_a_gated_prompt_with_itself_as_negative_is_gated_on_one_side_only(pipe: 
         positive, negative = encode(pipe, HOUSE, HOUSE)
     assert torch.equal(negative, plain[1])
     assert not torch.equal(positive, plain[0])
+
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "negatives"),
+    [
+        ([f"{BEGIN} {HOUSE}", CAT], [f"zzz {BEGIN} qqq", HOUSE]),
+        ([f"{BEGIN} {HOUSE}"], [f"{HOUSE} {BEGIN} b"]),
+        ([f"{END} {HOUSE} {BEGIN}"], [f"{END} {HOUSE}"]),
+        ([f"{HOUSE} {END} {END}"], [HOUSE]),
+    ],
+)
+def test_typed_begin_and_end_tokens_do_not_pass_a_prompt_for_a_negative_one(
+    pipe: Any, eraser: Eraser, prompts: list[str], negatives: list[str]
+) -> None:
+    plain = encode(pipe, prompts, negatives)
+    with eraser.attach(pipe) as attached:
+        gated = encode(pipe, prompts, negatives)
+    assert [decision.fired for decision in attached.decisions] == [HOUSE in prompt for prompt in prompts]
+    assert not torch.equal(gated[0][0], plain[0][0])
+    assert torch.equal(gated[1], plain[1])
+
+
+def test_a_prompt_of_nothing_but_end_tokens_is_a_prompt_that_says_nothing(pipe: Any, eraser: Eraser) -> None:
+    with eraser.attach(pipe) as attached:
+        encode(pipe, [END, HOUSE], ["", ""])
+    assert [decision.fired for decision in attached.decisions] == [False, True]
+
+
+def test_rows_that_no_prompt_explains_are_an_error_if_others_passed_as_negative_ones(pipe: Any, eraser: Eraser) -> None:
+    encode_plain = pipe.encode_prompt
+
+    def unweighted(prompt: str, device: str, num_images_per_prompt: int, guidance: bool, negative_prompt: str = "") -> Any:
+        return encode_plain(prompt.strip("()"), device, num_images_per_prompt, guidance, negative_prompt)
+
+    pipe.encode_prompt = unweighted
+    with eraser.attach(pipe) as attached:
+        pipe.encode_prompt(f"({HOUSE})", "cpu", 1, True)
+        assert [decision.fired for decision in attached.decisions] == [True]
+        with pytest.raises(RuntimeError, match="cannot tell the prompt from the negative one"):
+            pipe.encode_prompt(f"({HOUSE})", "cpu", 1, True, f"{HOUSE} and {CAT}")
 
 
 def test_outside_encode_prompt_every_call_of_the_encoder_is_gated(pipe: Any, eraser: Eraser) -> None:
@@ -310,6 +370,46 @@ def test_a_replaced_text_encoder_is_an_error(pipe: Any, eraser: Eraser, place: s
             message = r"the gate at text_encoder:encoder\.layers\.1 did not run while the prompt was encoded"
         with pytest.raises(RuntimeError, match=message):
             draw(pipe, CAT)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_text_encoder_that_was_written_to_is_an_error_before_and_behind_the_hook_point(
+    pipe: Any, eraser: Eraser, layer: int
+) -> None:
+    with eraser.attach(pipe):
+        weight = pipe.text_encoder.encoder.layers[layer].mlp.fc1.weight
+        kept = weight.clone()
+        weight.mul_(-3)
+        with pytest.raises(RuntimeError, match="text_encoder was changed after the eraser was attached"):
+            draw(pipe, CAT)
+        weight.copy_(kept)
+        draw(pipe, CAT)
+        pipe.text_encoder.to(torch.float64).to(torch.float32)
+        draw(pipe, CAT)
+
+
+def test_a_replaced_image_model_is_an_error(pipe: Any, eraser: Eraser) -> None:
+    with eraser.attach(pipe):
+        pipe.unet = copy.deepcopy(pipe.unet)
+        with pytest.raises(RuntimeError, match="the image model was replaced"):
+            draw(pipe, CAT)
+
+
+def test_threads_that_share_a_pipeline_are_gated_each_for_itself(pipe: Any, eraser: Eraser) -> None:
+    prompts = [(HOUSE, CAT), (CAT, HOUSE)] * 8
+    with eraser.attach(pipe) as attached, ThreadPoolExecutor(4) as pool:
+        gated = list(pool.map(lambda pair: encode(pipe, *pair), prompts))
+        assert (attached.n_prompts, attached.n_fired) == (16, 8)
+        alone = [encode(pipe, *pair) for pair in prompts[:2]]
+    for i, states in enumerate(gated):
+        assert torch.equal(states[0], alone[i % 2][0])
+
+
+def test_prompts_are_checked_alike_with_and_without_an_attached_eraser(pipe: Any, eraser: Eraser, boat_eraser: Eraser) -> None:
+    plain = [check.score for check in boat_eraser.check(pipe, [CAT, HOUSE, BOAT])]
+    with eraser.attach(pipe) as attached:
+        assert [check.score for check in boat_eraser.check(pipe, [CAT, HOUSE, BOAT])] == plain
+        assert (attached.n_prompts, attached.decisions) == (0, [])
 
 
 def test_a_hook_that_was_taken_off_is_an_error(pipe: Any, eraser: Eraser, site: HookPoint) -> None:

@@ -260,6 +260,12 @@ def test_an_eraser_of_nothing_is_an_error() -> None:
         Eraser(SAE_, SITE, (), Gate("evidence", ()))
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_an_error(strength: float) -> None:
+    with pytest.raises(ValueError, match="strength must be a finite number"):
+        Edit(strength=strength)
+
+
 def test_an_unknown_edit_is_an_error_that_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"edit must be one of \('scale', .*, got 'typo'"):
         make().with_edit("typo")  # type: ignore[arg-type]
@@ -309,6 +315,11 @@ def test_the_union_of_a_copy_is_the_eraser_itself() -> None:
     a = make((A,))
     copy = make((replace(A, indices=A.indices.clone(), weights=A.weights.clone()),))
     assert (a | copy) is a
+    gates = [PooledGate(("a",), torch.ones(1, 4), torch.tensor([offset]), "a tree") for offset in (0.0, 1.0)]
+    assert (replace(a, pooled=gates[0]) | replace(copy, pooled=gates[0])).pooled is gates[0]
+    joined = (replace(a, pooled=gates[0]) | replace(copy, pooled=gates[1])).pooled
+    assert joined is not None
+    assert joined.offsets.tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

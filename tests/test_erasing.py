@@ -346,6 +346,13 @@ def test_a_leak_between_splits_that_were_given_is_an_error(pipe: Any, sae: SAE, 
         make(pipe, sae, site, target=leaking)
 
 
+@pytest.mark.parametrize("text", ["", "  ", "<|startoftext|> <|endoftext|>"])
+def test_a_target_prompt_that_says_nothing_is_an_error(pipe: Any, sae: SAE, site: HookPoint, text: str) -> None:
+    empty = PromptSet((Prompt(text, "house", split="calibrate"),))
+    with pytest.raises(ValueError, match=r"the target prompt '.*' of 'house' has no words; leave it out"):
+        make(pipe, sae, site, target=TARGET + empty)
+
+
 def test_an_autoencoder_of_another_width_is_an_error(pipe: Any, site: HookPoint) -> None:
     with pytest.raises(ValueError, match="activations have d_model 32, this autoencoder takes 16"):
         make(pipe, SAE.random(SAEConfig(16, 64, 4)), site)

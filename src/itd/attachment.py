@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock, local
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from itd import pipelines
 from itd.cache import ByteCache
 from itd.drafts import DraftGate, draft_states
 from itd.gate import Decision, Meaning
 from itd.hooks import Handle, before_forward, edit_decoded, edit_output, edit_result
+from itd.kernels import same_up_to
 from itd.pictures import BLACK, picture_features
 from itd.pooled import PooledGate, encode_instead, put_instead
 
@@ -35,7 +37,8 @@ class Roles:
     A row passes without the gate only if it is part of the negative prompt, and not of a positive prompt's text that the
     gate has not seen yet. So long prompts are gated however they are cut, and what cannot be told apart is gated.
 
-    positive, negative: token ids of the whole texts. `ordered`: the pipeline is known to encode positive prompts first;
+    positive, negative: token ids of the whole texts, as `pipelines.written` gives them: a typed begin or end token would else
+    keep a row from being known. `ordered`: the pipeline is known to encode positive prompts first;
     otherwise a text that is on both sides is gated on both.
     """
 
@@ -44,11 +47,15 @@ class Roles:
         self.seen: list[int | None] = [None] * len(positive)
         """Per positive prompt, how many of its tokens the gate has seen; None before the first."""
         self.n_gated = 0
+        self.n_passed = 0
+        """Rows that say something and passed as negative ones."""
 
     def gated(self, rows: Iterable[Sequence[int]]) -> list[bool]:
-        """Return for each row of a call, given by its content, whether the gate has to see it."""
-        marks = [self.is_gated(list(row)) for row in rows]
+        """Return for each row of a call, as `pipelines.written` gives it, whether the gate has to see it."""
+        listed = [list(row) for row in rows]
+        marks = [self.is_gated(row) for row in listed]
         self.n_gated += sum(marks)
+        self.n_passed += sum(bool(row) and not mark for row, mark in zip(listed, marks, strict=True))
         return marks
 
     def is_gated(self, row: list[int]) -> bool:
@@ -86,9 +93,11 @@ class Attachment(Handle):
             raise ValueError(f"the pipeline has no text encoder {unknown[0]!r}; it has {pipelines.text_encoders(pipe)}")
         self.encoder = pipelines.encoder_of(pipe, eraser.hook_point.encoder)
         module = eraser.hook_point.resolve(pipe)
-        eraser.require_encoder(pipelines.fingerprint(pipe, eraser.hook_point))
-        device = next(module.parameters()).device
-        self.worker = eraser if eraser.sae.W_enc.device == device else eraser.to(device)
+        with undisturbed(pipe):
+            eraser.require_encoder(pipelines.fingerprint(pipe, eraser.hook_point))
+            self.says = pipelines.last_state(pipe, eraser.hook_point.encoder)
+        self.stamp = stamp_of(self.encoder)
+        self.worker = eraser
         self.decisions: list[Decision] = []
         self.n_prompts = self.n_fired = 0
         self.n_pictures = self.n_hidden = 0
@@ -97,6 +106,8 @@ class Attachment(Handle):
         """Which rows of the encoder's call the gate looked at."""
         self.runs_in_call = 0
         """How often the hook ran since the pipeline began to encode a prompt."""
+        self.reaches: set[Any] = set()
+        """Values of `clip_skip` with which the hook point is known to decide what the image model is given."""
         self.roles: Roles | None = None
         """Which rows are gated; None outside `encode_prompt`, where all are."""
         self.enforcer = enforcer = Enforcer.of(pipe)
@@ -123,13 +134,15 @@ class Attachment(Handle):
         if self.roles is None:
             self.decisions, marks = [], [True] * len(hidden)
         else:
-            marks = self.roles.gated(ids[mask].tolist() for ids, mask in zip(self.input_ids, content, strict=True))
+            marks = self.roles.gated(pipelines.written(ids, tokenizer) for ids in self.input_ids.tolist())
         self.marks = marks
         if not any(marks):
             return None
         rows = torch.tensor(marks, device=hidden.device)
         given = hidden if all(marks) else hidden[rows]
         at = rows.to(content.device)
+        if self.worker.sae.W_enc.device != given.device:  # also where the encoder is moved, or offloaded between calls
+            self.worker = self.eraser.to(given.device)
         erased = self.worker(given, content[at], editable[at])
         self.decisions += erased.decisions
         self.n_prompts += len(erased.decisions)
@@ -222,17 +235,50 @@ class Attachment(Handle):
         name = self.eraser.hook_point.encoder
         if getattr(self.pipe, name, None) is not self.encoder:
             raise RuntimeError(f"{name} was replaced after the eraser was attached; remove and attach it again")
+        self.require_unchanged()
         positive = texts_of(arguments, "prompt", name) if has_prompt else []
         negative = texts_of(arguments, "negative_prompt", name) or [""]
         self.runs_in_call, self.decisions = 0, []
-        ids = [pipelines.token_rows(self.pipe, name, texts, whole=True) for texts in (positive, negative)]
+        tokenizer = pipelines.tokenizer_of(self.pipe, name)
+        rows = [pipelines.token_rows(self.pipe, name, texts, whole=True) for texts in (positive, negative)]
+        ids = [[pipelines.written(row, tokenizer) for row in side] for side in rows]
         self.roles = Roles(ids[0], ids[1], ordered)
 
-    def end_call(self) -> tuple[int, int]:
-        """Gate every call of the encoder again; return how often the hook ran since `begin_call`, and on how many rows."""
+    def require_unchanged(self) -> None:
+        """Raise RuntimeError if the encoder's weights were written to and it says something else now than when attached."""
+        stamp = stamp_of(self.encoder)
+        if stamp == self.stamp:
+            return
+        name = self.eraser.hook_point.encoder
+        with self.enforcer.substitution():
+            says = pipelines.last_state(self.pipe, name)
+        if not (says.isnan().any() or same_up_to(says, self.says)):  # NaN is the gate's to say
+            raise RuntimeError(f"{name} was changed after the eraser was attached; remove it and attach one made for it")
+        self.stamp = stamp
+
+    def require_reach(self, clip_skip: Any, encode: Callable[[], Any]) -> None:
+        """Raise ValueError if what `encode` returns does not depend on the hook point, as with a `clip_skip` to before it."""
+        if clip_skip in self.reaches or self.eraser.edit.mode == "refuse":
+            return
+        plain = first_tensor(encode())
+        with edit_output(self.eraser.hook_point.resolve(self.pipe), torch.neg):
+            turned = first_tensor(encode())
+        if torch.equal(plain, turned):
+            raise ValueError(
+                f"clip_skip={clip_skip} gives the image model states from before {self.eraser.hook_point}, which no edit can "
+                "reach; use a smaller one, or an eraser at an earlier layer or with the edit refuse"
+            )
+        self.reaches.add(clip_skip)
+
+    def end_call(self) -> str | None:
+        """Gate every call of the encoder again; return why a positive prompt may have passed unseen since `begin_call`."""
         assert self.roles is not None
-        n_gated, self.roles = self.roles.n_gated, None
-        return self.runs_in_call, n_gated
+        roles, self.roles = self.roles, None
+        if self.runs_in_call == 0 or roles.n_gated < len(roles.positive):
+            return "did not run while the prompt was encoded"
+        if roles.n_passed and None in roles.seen:
+            return "cannot tell the prompt from the negative one in what was encoded"
+        return None
 
 
 def texts_of(arguments: dict[str, Any], name: str, encoder: str) -> list[str]:
@@ -250,8 +296,9 @@ class Enforcer:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.attachments: list[Attachment] = []
-        self.substituting = False
-        """An anchor is being encoded, or a prompt drafted, which no gate looks at."""
+        self.lock = RLock()
+        """Prompts are encoded by one thread at a time: the gate has to know whose they are."""
+        self.state = local()
         self.issued: ByteCache[bool] = ByteCache(ISSUED_ROWS)
         """Digests of the embeddings that `encode_prompt` returned last, with whether they may come back as positive ones."""
         self.admitted: dict[str, tuple[Tensor, int | None]] = {}
@@ -261,7 +308,8 @@ class Enforcer:
         self.replaced = vars(pipe).get("encode_prompt")
         """The pipeline's own attribute, where it had one that hid the method of its class."""
         self.signature = inspect.signature(self.encode_prompt)
-        self.guard = before_forward(pipelines.image_model(pipe), self.check_embeddings)
+        self.guarded = pipelines.image_model(pipe)
+        self.guard = before_forward(self.guarded, self.check_embeddings)
         pipe.encode_prompt = self.encode_gated
         setattr(pipe, ENFORCER, self)
 
@@ -327,14 +375,19 @@ class Enforcer:
         return images.masked_fill(hidden[:, None, None, None], BLACK) if hidden.any() else None
 
     def encode_gated(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the pipeline's `encode_prompt` with the gate armed for the positive prompts.
+        """Call the pipeline's `encode_prompt` with the gate armed for the positive prompts; see `encode_alone`."""
+        with self.lock:
+            return self.encode_alone(*args, **kwargs)
+
+    def encode_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `encode_prompt` while no other thread does.
 
         Raises:
             ValueError: embeddings were passed by hand.
-            RuntimeError: the gate did not run on the prompts, a text encoder has no gate, or one was replaced, or the decoder.
+            RuntimeError: the gate did not run on the prompts or could not tell them from negative ones, no edit could reach
+                what is returned, a text encoder has no gate, or a network that is guarded was replaced or changed.
         """
-        if self.watched and self.watched[0] is not self.pipe.vae:
-            raise RuntimeError("the vae was replaced after the eraser was attached; remove and attach it again")
+        self.require_same_parts()
         arguments = self.signature.bind(*args, **kwargs).arguments
         by_hand = [name for name in EMBEDDINGS if arguments.get(name) is not None]
         for name in by_hand:
@@ -343,6 +396,8 @@ class Enforcer:
         has_prompt = not by_hand and arguments.get("prompt") is not None
         if has_prompt:
             self.require_all_gated()
+            for attachment in self.attachments:
+                attachment.require_reach(arguments.get("clip_skip"), lambda: self.encode_instead(pipelines.PROBE, args, kwargs))
         begun: list[Attachment] = []
         try:
             for attachment in self.attachments:
@@ -350,42 +405,54 @@ class Enforcer:
                 begun.append(attachment)
             result = self.encode_prompt(*args, **kwargs)
         finally:
-            ran = [attachment.end_call() for attachment in begun]
-        n_prompts = max(len(texts_of(arguments, "prompt", "text_encoder")), 1) if has_prompt else 0
-        for attachment, (n_runs, n_gated) in zip(self.attachments, ran, strict=True):
-            if has_prompt and (n_runs == 0 or n_gated < n_prompts):
+            unseen = [attachment.end_call() for attachment in begun]
+        for attachment, why in zip(self.attachments, unseen, strict=True):
+            if has_prompt and why:
                 raise RuntimeError(
-                    f"the gate at {attachment.eraser.hook_point} did not run while the prompt was encoded; "
+                    f"the gate at {attachment.eraser.hook_point} {why}; "
                     "nothing was generated: remove the eraser to generate without it"
                 )
+        n_prompts = max(len(texts_of(arguments, "prompt", "text_encoder")), 1) if has_prompt else 0
         if n_prompts and any(attachment.eraser.draft is not None for attachment in self.attachments):
             result = self.redrawn(result, n_prompts, args, kwargs)
         self.issue(result if isinstance(result, tuple) else (result,))
         return result
 
+    def require_same_parts(self) -> None:
+        """Raise RuntimeError if a network that is guarded is no longer that of the pipeline."""
+        if pipelines.image_model(self.pipe) is not self.guarded:
+            raise RuntimeError("the image model was replaced after the eraser was attached; remove and attach it again")
+        if self.watched and self.watched[0] is not self.pipe.vae:
+            raise RuntimeError("the vae was replaced after the eraser was attached; remove and attach it again")
+
     def redrawn(self, result: tuple[Tensor, ...], n_prompts: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the draft gates see what `encode_prompt` returned, and put anchors where they fire."""
-
-        def anchor_of(prompt: str) -> Tensor:
-            bound = self.signature.bind(*args, **kwargs)
-            bound.arguments |= {"prompt": prompt, "num_images_per_prompt": 1}
-            bound.arguments.pop("negative_prompt", None)
-            with self.substitution():
-                return self.encode_prompt(*bound.args, **bound.kwargs)[0]
-
         states, *rest = result
         for attachment in self.attachments:
-            states = attachment.redraw(states, n_prompts, anchor_of)
+            states = attachment.redraw(states, n_prompts, lambda prompt: self.encode_instead(prompt, args, kwargs)[0])
         return (states, *rest)
+
+    def encode_instead(self, prompt: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what `encode_prompt` says of another prompt, alone, when it is called with the same arguments otherwise."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.arguments |= {"prompt": prompt, "num_images_per_prompt": 1}
+        bound.arguments.pop("negative_prompt", None)
+        with self.substitution():
+            return self.encode_prompt(*bound.args, **bound.kwargs)
+
+    @property
+    def substituting(self) -> bool:
+        """Whether this thread encodes an anchor, drafts a prompt or checks one, which no gate looks at."""
+        return getattr(self.state, "substituting", False)
 
     @contextmanager
     def substitution(self) -> Generator[None, None, None]:
-        """Let no gate look at what is encoded or drafted inside."""
-        self.substituting = True
+        """Let no gate look at what this thread encodes or drafts inside."""
+        before, self.state.substituting = self.substituting, True
         try:
             yield
         finally:
-            self.substituting = False
+            self.state.substituting = before
 
     @property
     def is_known(self) -> bool:
@@ -444,6 +511,22 @@ class Enforcer:
         """Tell whether these states were checked in the step before and not written to since."""
         known, version = self.admitted.get(name, (None, None))
         return known is states and version is not None and version == version_of(states)
+
+
+def undisturbed(pipe: Any) -> AbstractContextManager[None]:
+    """Return a context in which no attached eraser looks at what this thread encodes on the pipeline."""
+    enforcer: Enforcer | None = getattr(pipe, ENFORCER, None)
+    return nullcontext() if enforcer is None else enforcer.substitution()
+
+
+def stamp_of(module: nn.Module) -> list[tuple[int, int | None, int]]:
+    """Return numbers that change when a parameter is replaced, moved or written to."""
+    return [(id(parameter), version_of(parameter), parameter.data_ptr()) for parameter in module.parameters()]
+
+
+def first_tensor(result: Any) -> Tensor:
+    """Return the states in what `encode_prompt` returned: all of it, or the first of several."""
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -110,6 +110,11 @@ class Discriminants:
         if self.anchor != other.anchor:
             raise ValueError(f"{self.kind} gates join only with the same anchor: {self.anchor!r} and {other.anchor!r}")
 
+    def keys(self) -> list[tuple[str, bytes]]:
+        """Return what tells the discriminants apart: the names, and the bits of their weights."""
+        weights = torch.cat([self.directions, self.offsets[:, None]], 1)
+        return [(name, row.numpy().tobytes()) for name, row in zip(self.names, weights, strict=True)]
+
     def __or__(self, other: Self) -> Self:
         """Join the gates of two erasers.
 
@@ -117,8 +122,8 @@ class Discriminants:
             ValueError: see `require_joinable`.
         """
         self.require_joinable(other)
-        known = {(name, direction.numpy().tobytes()) for name, direction in zip(self.names, self.directions, strict=True)}
-        fresh = [i for i, name in enumerate(other.names) if (name, other.directions[i].numpy().tobytes()) not in known]
+        known = set(self.keys())
+        fresh = [i for i, key in enumerate(other.keys()) if key not in known]
         return replace(
             self,
             names=self.names + tuple(other.names[i] for i in fresh),

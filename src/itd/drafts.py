@@ -26,6 +26,7 @@ from tqdm import tqdm
 from itd import pipelines
 from itd.discriminants import Discriminants, Others, Own
 from itd.hooks import run_past
+from itd.kernels import same_up_to
 
 ENCODER = "text_encoder"
 BATCH = 32
@@ -83,7 +84,7 @@ class ImageModelGate(Discriminants):
         if getattr(other, "widths", ()) != self.widths:
             raise ValueError(f"{self.kind} gates join only where they read the same; make the older eraser again")
         theirs = getattr(other, "origin", None)
-        if self.origin is not None and theirs is not None and not same_origin(self.origin, theirs):
+        if self.origin is not None and theirs is not None and not same_up_to(self.origin, theirs, TOLERANCE):
             raise ValueError(f"{self.kind} gates join only for the same image model; make both erasers on one pipeline")
 
     def require_image_model(self, pipe: Any) -> Float[Tensor, " d"]:
@@ -94,7 +95,7 @@ class ImageModelGate(Discriminants):
         """
         require_drafts(pipe, self.kind)
         found = self.origin_of(pipe)
-        if self.origin is not None and not same_origin(found[: len(self.origin)], self.origin):
+        if self.origin is not None and not same_up_to(found[: len(self.origin)], self.origin, TOLERANCE):
             raise ValueError(f"the {self.kind} gate was made for another image model; make the eraser again on this pipeline")
         return found
 
@@ -142,11 +143,6 @@ def towards(
         is_there = moved.norm(dim=1, keepdim=True) > ROUNDING * start.norm()
         found.append(F.normalize(moved, dim=1) * is_there)
     return torch.cat(found, 1)
-
-
-def same_origin(a: Float[Tensor, " d"], b: Float[Tensor, " d"]) -> bool:
-    """Tell whether two vectors of nothing are by the same image model, in whatever precision."""
-    return a.shape == b.shape and bool((a - b).norm() <= TOLERANCE * b.norm())
 
 
 def require_drafts(pipe: Any, gate: str = "draft") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from itd.early_exit import EarlyExit, Reached
 from itd.features import ConceptFeatures, all_indices
 from itd.gate import Decision, Gate, keep_features
 from itd.hooks import HookPoint
-from itd.kernels import SparseCodes
+from itd.kernels import SparseCodes, same_up_to
 from itd.pictures import PictureGate
 from itd.pooled import PooledGate
 from itd.sae import SAE
@@ -44,8 +45,6 @@ EditMode = Literal["scale", "remove", "subtract", "replace", "refuse"]
 EDITS: tuple[EditMode, ...] = ("scale", "remove", "subtract", "replace", "refuse")
 ANCHOR = "a picture of something"
 """The prompt that stands in for others, unless another is named."""
-ENCODER_TOLERANCE = 0.03
-"""Relative difference of the probe activation up to which two text encoders are the same one."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class Edit:
     def __post_init__(self) -> None:
         if self.mode not in EDITS:
             raise ValueError(f"edit must be one of {EDITS}, got {self.mode!r}")
+        if not math.isfinite(self.strength):
+            raise ValueError(f"the edit's strength must be a finite number, got {self.strength}")
         if self.n_features is not None and self.n_features < 1:
             raise ValueError(f"an edit needs at least 1 feature of a concept, or None for all; got {self.n_features}")
 
@@ -282,22 +283,24 @@ class Eraser:
             for concept, threshold in zip(other.concepts, other.gate.thresholds, strict=True)
             if not any(threshold == known and concept.equals(same) for same, known in mine)
         ]
-        if not fresh:
+        gates = {kind: gate | getattr(other, kind) for kind, gate in self.more_gates.items()}
+        scores = self.gate | replace(other.gate, thresholds=tuple(threshold for _, threshold in fresh))
+        if not fresh and all(len(gate.names) == len(self.more_gates[kind].names) for kind, gate in gates.items()):
             return self
         return replace(
             self,
             concepts=self.concepts + tuple(concept for concept, _ in fresh),
-            gate=self.gate | replace(other.gate, thresholds=tuple(threshold for _, threshold in fresh)),
+            gate=scores,
             records=self.records + tuple(record for record in other.records if record not in self.records),
             often=other.often if self.often is None else self.often,
-            **{kind: gate | getattr(other, kind) for kind, gate in self.more_gates.items()},
+            **gates,
         )
 
     def require_encoder(self, fingerprint: Float[Tensor, " d_model"]) -> None:
         """Raise ValueError if a probe activation is not that of the text encoder this eraser was made for."""
         if self.fingerprint is None:
             return
-        if not same_encoder(fingerprint, self.fingerprint):
+        if not same_up_to(fingerprint, self.fingerprint):
             same_shape = fingerprint.shape == self.fingerprint.shape
             difference = (fingerprint - self.fingerprint).norm() / self.fingerprint.norm() if same_shape else torch.tensor(1.0)
             raise ValueError(
@@ -325,10 +328,15 @@ class Eraser:
         return attach(self, pipe, ungated)
 
     def check(self, pipe: Any, prompts: str | Sequence[str]) -> list[Check]:
-        """Say, per prompt: score, threshold, fired, and which tokens and features decided. Generates nothing."""
+        """Say, per prompt: score, threshold, fired, and which tokens and features decided. Generates nothing.
+
+        Erasers that are attached to the pipeline have no part in it.
+        """
+        from itd.attachment import undisturbed
         from itd.explain import check
 
-        return check(self, pipe, [prompts] if isinstance(prompts, str) else list(prompts))
+        with undisturbed(pipe):
+            return check(self, pipe, [prompts] if isinstance(prompts, str) else list(prompts))
 
     def save(self, folder: str | Path) -> None:
         """Write the eraser: a few kB per concept. Its autoencoder is named by hash and place, not copied.
@@ -449,11 +457,6 @@ def gate_parts(
     kind, own = gate.kind, described[gate.kind]
     moved = gate.part_way - own.get("threshold", EARLIER_THRESHOLDS[kind])
     return tuple(own["concepts"]), tensors[f"{kind}_directions"], tensors[f"{kind}_offsets"] + moved, own["anchor"]
-
-
-def same_encoder(a: Float[Tensor, " d_model"], b: Float[Tensor, " d_model"]) -> bool:
-    """Tell whether two probe activations are of one text encoder, in whatever precision."""
-    return a.shape == b.shape and bool((a - b).norm() <= ENCODER_TOLERANCE * b.norm())
 
 
 def find_sae(wanted: dict[str, Any], sae: SAE | None, folder: str | Path) -> SAE:

@@ -15,7 +15,7 @@ from itd import pipelines
 from itd.activations import stream
 from itd.discriminants import Discriminants, Others, Own
 from itd.drafts import DraftGate, drafts_of, require_drafts
-from itd.eraser import ANCHOR, Edit, EditMode, Eraser, same_encoder
+from itd.eraser import ANCHOR, Edit, EditMode, Eraser
 from itd.features import (
     ConceptFeatures,
     FeatureStats,
@@ -27,6 +27,7 @@ from itd.features import (
 )
 from itd.gate import PART_WAY, Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, unit_apart
 from itd.hooks import HookPoint
+from itd.kernels import same_up_to
 from itd.pictures import UNGUIDED, PictureGate, drawn_features
 from itd.pooled import PooledGate
 from itd.prompts import Prompt, PromptSet, check_leaks
@@ -174,12 +175,13 @@ def erase(
         config: an `EraseConfig`, or the name of a preset: "default", "style", "strict" or "paper".
 
     Raises:
-        ValueError: an empty set, a target concept among the retained ones, a concept with prompts in one split only, splits
-            that leak, another hook point than the autoencoder's, a wrong d_model, NaN activations, a draft or picture gate
-            for a pipeline whose image model cannot be asked.
+        ValueError: an empty set or target prompt, a target concept among the retained ones, a concept with prompts in one split
+            only, splits that leak, another hook point than the autoencoder's, a wrong d_model, NaN activations, a draft or
+            picture gate for a pipeline whose image model cannot be asked.
     """
     settings = find_preset(config) if isinstance(config, str) else config
     require_site(pipe, sae, site)
+    require_words(pipe, site.encoder, target)
     if settings.draft_gate:
         require_drafts(pipe)
     if settings.picture_gate:
@@ -216,6 +218,14 @@ def erase(
     return eraser
 
 
+def require_words(pipe: Any, encoder: str, target: PromptSet) -> None:
+    """Raise ValueError if a prompt of the target says nothing: whatever says nothing, or anything, would be found."""
+    tokenizer = pipelines.tokenizer_of(pipe, encoder)
+    for prompt, row in zip(target, pipelines.token_rows(pipe, encoder, target.texts, whole=True), strict=True):
+        if not pipelines.written(row, tokenizer):
+            raise ValueError(f"the target prompt {prompt.text!r} of {prompt.concept!r} has no words; leave it out")
+
+
 def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retained) -> Eraser:
     """Return an eraser that erases further concepts too, at the false-positive rate or recall that it was calibrated to.
 
@@ -229,6 +239,7 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     """
     settings = common_settings(eraser)
     site, sae = eraser.hook_point, eraser.sae
+    require_words(pipe, site.encoder, target)
     positive = split_target(target, settings.seed)
     known = [name for name in positive.concepts if name in eraser.names]
     if known:
@@ -428,7 +439,7 @@ def fitting(retained: Retained, pipe: Any, sae: SAE, site: HookPoint) -> Retaine
     same_place = retained.hook_point.encoder == site.encoder and retained.hook_point.resolve(pipe) is site.resolve(pipe)
     if not same_place:
         raise ValueError(f"what must stay was encoded at {retained.hook_point}, not at {site}; make it again there")
-    if not same_encoder(retained.fingerprint, pipelines.fingerprint(pipe, site)):
+    if not same_up_to(retained.fingerprint, pipelines.fingerprint(pipe, site)):
         raise ValueError(
             "what must stay was encoded by another text encoder; make it again with Retained.make on this pipeline"
         )

@@ -380,8 +380,8 @@ class Gate:
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {SCORES}, got {self.score!r}")
-        if any(math.isnan(threshold) for threshold in self.thresholds):
-            raise ValueError(f"thresholds must be numbers, got {self.thresholds}: nothing would ever fire")
+        if not all(threshold > -math.inf for threshold in self.thresholds):
+            raise ValueError(f"thresholds must be numbers above -inf, got {self.thresholds}: nothing or everything would fire")
 
     def decide(
         self,

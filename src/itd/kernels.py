@@ -22,6 +22,8 @@ TILE_BYTES = 4 * 2**20
 """Upper bound of a tile's pre-activations, in bytes: a tile that stays in the cache is selected from almost for free."""
 CHUNK_PAIRS = 512
 """Pairs of latent and token whose gradients are computed at a time, so that all of it stays in the cache."""
+HALF_PRECISION = 0.03
+"""Relative difference that a cast to half precision may make in a network's activations."""
 
 
 class SparseCodes(NamedTuple):
@@ -235,3 +237,8 @@ def gradient_chunks(
             F.embedding_bag(each, acts_grad[:, None], bags, mode="sum")[:, 0],
             F.embedding_bag(tokens, grad, bags, mode="sum", per_sample_weights=acts),
         )
+
+
+def same_up_to(a: Float[Tensor, " d"], b: Float[Tensor, " d"], tolerance: float = HALF_PRECISION) -> bool:
+    """Tell whether two vectors are the same up to a difference relative to the second's length; NaN is like nothing."""
+    return a.shape == b.shape and bool((a - b).norm() <= tolerance * b.norm())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +99,12 @@ def token_rows(pipe: Any, encoder: str, prompts: Sequence[str], whole: bool = Fa
 def contains(ids: Sequence[int], part: Sequence[int]) -> bool:
     """Tell whether `part` stands in `ids` without a gap."""
     return any(list(ids[i : i + len(part)]) == list(part) for i in range(len(ids) - len(part) + 1))
+
+
+def written(ids: Iterable[int], tokenizer: Any) -> list[int]:
+    """Return token ids without those that begin, end or pad a prompt, wherever they stand: what it says, however it is cut."""
+    marks = {begin_token(tokenizer), tokenizer.eos_token_id, getattr(tokenizer, "pad_token_id", None)}
+    return [id for id in ids if id not in marks]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], tokenizer: Any) -> Tokens:
@@ -203,3 +209,13 @@ def fingerprint(pipe: Any, site: HookPoint) -> Float[Tensor, " d_model"]:
     tokens = tokenize_short(pipe, site.encoder, [PROBE])
     last = int(content_end(tokens.input_ids, tokenizer_of(pipe, site.encoder))[0]) - 1
     return activations(pipe, site, tokens)[0, last].float().cpu()
+
+
+@torch.no_grad()
+def last_state(pipe: Any, encoder: str) -> Float[Tensor, " d"]:
+    """Return what the whole text encoder says of a fixed prompt: its last content token's state, or its embedding; fp32."""
+    module, tokens = encoder_of(pipe, encoder), tokenize_short(pipe, encoder, [PROBE])
+    device = next(module.parameters()).device
+    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
+    said = module(tokens.input_ids.to(device), attention_mask=mask)[0][0].float().cpu()
+    return said[int(content_end(tokens.input_ids, tokenizer_of(pipe, encoder))[0]) - 1] if said.ndim > 1 else said
