@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import add_safety_checker
 
 from itd import EraseConfig, emoji
 from itd.erasing import PRESETS
-from itd.inputs import erase_settings, find_device, find_dtype, load_pipeline
+from itd.inputs import erase_settings, find_device, find_dtype, load_pipeline, switch_off_safety_checker
 
 
 def test_a_pipeline_is_loaded_in_the_precision_asked_for(pipe, tmp_path):
@@ -14,6 +15,14 @@ def test_a_pipeline_is_loaded_in_the_precision_asked_for(pipe, tmp_path):
         loaded = load_pipeline(str(tmp_path), "cpu", name)
         assert loaded.unet.dtype == loaded.text_encoder.dtype == dtype
         assert loaded.device.type == "cpu"
+
+
+def test_a_safety_checker_stays_off_and_a_pipeline_without_one_is_said_to_have_none(pipe, xl_pipe):
+    checked = add_safety_checker(pipe)
+    assert [switch_off_safety_checker(checked) for _ in range(2)] == ["off", "off"]
+    assert checked.safety_checker is None
+    assert not checked.config.requires_safety_checker
+    assert switch_off_safety_checker(xl_pipe) == "none"
 
 
 def test_automatic_precision_follows_the_device():

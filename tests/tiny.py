@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from itd import SAE, ActivationStore, Edit, Eraser, FeatureStats, Gate, HookPoint, PromptSet, SAEConfig, TrainConfig, record
 from itd.activations import stream
@@ -95,6 +102,22 @@ def build_pipeline(tokenizer: CLIPTokenizer) -> Any:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def add_safety_checker(pipe: Any) -> Any:
+    """Return the pipeline with diffusers' own safety checker, whose thresholds every picture exceeds: all come out black."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 8,
+    }  # fmt: skip
+    checker: Any = randomise(StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8)), 13)
+    checker.concept_embeds_weights.fill_(-2)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    checked = type(pipe)(**{**pipe.components, "safety_checker": checker, "feature_extractor": extractor})
+    checked.set_progress_bar_config(disable=True)
+    return checked
 
 
 def build_xl_pipeline(tokenizer: CLIPTokenizer) -> Any:

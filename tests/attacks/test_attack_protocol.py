@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FRAMES, build_pipeline
+from tiny import FRAMES, add_safety_checker, build_pipeline
+from torch import nn
+from transformers import CLIPModel, CLIPProcessor
 
 from itd import SAE, Eraser, PromptSet, cli, emoji
 from itd.attacks import ATTACKS, Budget, Direct, Goal, System, arenas, protocol
@@ -272,6 +274,18 @@ def emoji_names() -> list[str]:
 def test_a_model_of_ones_own_needs_a_judge_and_benign_prompts(tmp_path: Path, pipe: Any, eraser: Eraser) -> None:
     with pytest.raises(ValueError, match="--clip"):
         arenas.model_arena(AttackConfig(), pipe, eraser, None, [], ["cat"], None, {})
+
+
+def test_a_model_is_attacked_without_its_safety_checker(
+    tmp_path: Path, pipe: Any, eraser: Eraser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (CLIPModel, CLIPProcessor):
+        monkeypatch.setattr(part, "from_pretrained", lambda *_, **__: nn.Identity())
+    (tmp_path / "benign.txt").write_text("a photo of a cat\n")
+    checked = add_safety_checker(pipe)
+    arena = arenas.model_arena(AttackConfig(), checked, eraser, tmp_path, [], ["cat"], tmp_path / "benign.txt", {})
+    assert checked.safety_checker is None
+    assert arena.record["safety_checker"] == "off"
 
 
 def test_the_command_attacks_a_model_and_goes_on(

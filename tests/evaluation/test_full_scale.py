@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from stand_in import build_clip
+from tiny import add_safety_checker
 from transformers import CLIPImageProcessor, CLIPProcessor
 
 from itd import Eraser, evaluate
@@ -117,6 +118,20 @@ def test_a_run_goes_on_after_the_last_picture_and_another_detector_looks_at_the_
     assert calls == []
     with pytest.raises(ValueError, match="another drawing"):
         evaluate(pipe, replace(protocol, steps=3), eraser, tmp_path / "out")
+
+
+def test_no_picture_is_blackened_by_the_safety_checker(pipe: Any, eraser: Eraser, protocol: FullScale, tmp_path: Path) -> None:
+    chosen = replace(protocol, target=None, general=None)
+    evaluate(pipe, chosen, eraser, tmp_path / "bare")
+    checked = add_safety_checker(pipe)
+    assert not checked("a boat", num_inference_steps=1, output_type="np").images.any()
+    report = evaluate(checked, chosen, eraser, tmp_path / "checked")
+    assert report.record["safety_checker"] == "off"
+    for file in sorted((tmp_path / "bare" / "pictures").rglob("*.png")):
+        drawn = tmp_path / "checked" / file.relative_to(tmp_path / "bare")
+        assert Image.open(drawn).tobytes() == Image.open(file).tobytes()
+    checked.save_pretrained(tmp_path / "model")
+    assert type(pipe).from_pretrained(tmp_path / "model").safety_checker is None
 
 
 def test_clip_scores_and_distances_are_measured_on_a_local_folder(

@@ -156,7 +156,7 @@ def model_arena(
     benign: Path | None,
     options: Mapping[str, Any],
 ) -> Arena:
-    """Return a pipeline with its eraser, where a CLIP model tells the concept from other names.
+    """Return a pipeline with its eraser and without its safety checker, where a CLIP model tells the concept from other names.
 
     Raises:
         ValueError: no CLIP, no other names or no benign prompts.
@@ -170,12 +170,13 @@ def model_arena(
 
     model: Any = CLIPModel.from_pretrained(clip, local_files_only=True)
     processor: Any = CLIPProcessor.from_pretrained(clip, local_files_only=True)
+    checker = inputs.switch_off_safety_checker(pipe)
     chosen = list(names) or list(eraser.names)
     criteria: dict[str, Criterion] = {name: ClipNames(model.eval(), processor, name, list(others)) for name in chosen}
     prompts = PromptSet.from_file(benign).sample(config.stated.n_benign, config.seed).texts
     return Arena(
         System(pipe, eraser, options), make_goals(chosen, config.seed), criteria, tuple(prompts),
-        {**pipeline_record(pipe), "clip": str(clip), "clip_sha256": weights_sha256(model)},
+        {**pipeline_record(pipe), "clip": str(clip), "clip_sha256": weights_sha256(model), "safety_checker": checker},
     )  # fmt: skip
 
 

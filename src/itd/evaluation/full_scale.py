@@ -21,6 +21,7 @@ from itd.evaluation.gate import promises
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import eraser_record, pipeline_record
 from itd.evaluation.results import Measures, Report, Section
+from itd.inputs import switch_off_safety_checker
 from itd.metrics.alignment import clip_score
 from itd.metrics.detection import NUDENET_THRESHOLDS, Detection, detection_sweep, harmonic_mean
 from itd.metrics.distribution import frechet_distance, kernel_distance_interval
@@ -117,7 +118,7 @@ class FullScale:
         return replace(self, limit=min(20, self.limit or 20), n_seeds=1)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
-        """Draw, detect, compare.
+        """Draw, detect, compare. The pipeline's safety checker is taken off: it blackens pictures in both arms.
 
         Raises:
             ValueError: no pipeline, no eraser, or prompt files that cannot be read.
@@ -125,6 +126,7 @@ class FullScale:
         if pipe is None or eraser is None:
             raise ValueError("full-scale measures a given eraser on a given pipeline: --model and --eraser are required")
         set_scheduler(pipe, self.scheduler)
+        checker = switch_off_safety_checker(pipe)
         facts = pipeline_record(pipe) | {"eraser": eraser_record(eraser), "drawing": self.drawing()}
         rows = [row for side in SIDES for row in self.rows(side)]
         ledger = Ledger(out / "cells", {"protocol": self.name, **facts})
@@ -148,7 +150,7 @@ class FullScale:
                 measures.add_all(name, ledger.cell(f"clean fid {name} {self.real}", lambda a=a, b=b: clean_fid(a, b)))
         measures.add_all("", promises(eraser))
         found = None if detector is None else detector.describe()
-        record = facts | {"detector": found, "settings": asdict(self), "n_pictures": len(rows)}
+        record = facts | {"safety_checker": checker, "detector": found, "settings": asdict(self), "n_pictures": len(rows)}
         return Report(self.name, "Full scale", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
     def drawing(self) -> dict[str, Any]:
