@@ -411,6 +411,10 @@ class Evaluate(OnModel):
     """full-scale: what looks at the pictures."""
     command: MaybeStr = None
     """full-scale: the detector `command`, run with a folder of pictures and a CSV file to write (file, label, score)."""
+    detector_name: str = "command"
+    """full-scale: name of the detector `command` in the record."""
+    detector_weights: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")] = ()
+    """full-scale: files of that detector's weights, whose hashes go into the record."""
     clip: MaybeStr = None
     """full-scale: folder or id of a CLIP for scores, as openai/clip-vit-base-patch32."""
     clean_fid: bool = False
@@ -443,7 +447,8 @@ class Evaluate(OnModel):
         full = {
             "target": self.target, "kept": self.kept, "general": self.general, "limit": self.limit, "n_seeds": self.n,
             "steps": self.steps, "guidance_scale": self.guidance_scale, "scheduler": self.scheduler, "detector": self.detector,
-            "command": self.command, "clip": self.clip, "clean_fid": self.clean_fid, "real": self.real,
+            "command": self.command, "detector_name": self.detector_name, "detector_weights": self.detector_weights,
+            "clip": self.clip, "clean_fid": self.clean_fid, "real": self.real,
         }  # fmt: skip
         own = {"minilm": {"prompts": self.prompts}, "general": {"renders": self.renders}, "full-scale": full}
         for protocol, values in own.items():

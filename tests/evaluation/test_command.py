@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,11 +81,19 @@ def test_full_scale_takes_a_pipeline_an_eraser_and_prompt_files(
     dataclasses.replace(eraser, sae=saved_sae).save(tmp_path / "house")
     with (tmp_path / "kept.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["prompt"], ["a boat"]])
+    table = f'{sys.executable} -c \'import sys; open(sys.argv[2], "w").write("file,label,score")\''
+    weights = [str(tmp_path / "model" / "model_index.json"), str(tmp_path / "kept.csv")]
     argv = ["evaluate", "full-scale", "--model", str(tmp_path / "model"), "--eraser", str(tmp_path / "house"), "--steps", "2"]
+    argv += ["--detector", "command", "--command", table, "--detector-name", "giphy", "--detector-weights", *weights]
     assert main([*argv, "--kept", str(tmp_path / "kept.csv"), "--out", str(tmp_path / "out")]) == 0
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["metrics"]["kept.bit_identical"] == 1
     assert content["record"]["settings"]["steps"] == 2
+    assert content["record"]["detector"]["detector"] == "giphy"
+    assert list(content["record"]["detector"]["weights_sha256"]) == weights
+    (tmp_path / "out" / "report.json").unlink()
+    assert main(["evaluate", "--config", str(tmp_path / "out" / "config.json")]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == content
 
 
 def test_flags_of_another_protocol_and_missing_ones_are_refused(

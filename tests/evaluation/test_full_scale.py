@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -93,6 +94,37 @@ def test_passed_pictures_have_the_same_pixels_and_everything_is_in_the_record(
     assert record["settings"]["guidance_scale"] == 7.5
     assert set(record["drawing"]["prompts_sha256"]) == {"target", "kept", "general"}
     assert record["weights_sha256"]["unet"]
+
+
+def test_a_detector_command_is_recorded_by_its_name_and_the_hashes_of_its_weights(
+    pipe: Any, eraser: Eraser, protocol: FullScale, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "a.pkl", tmp_path / "b.npy"
+    for path in weights:
+        path.write_bytes(path.name.encode())
+    chosen = replace(protocol, detector="command", command=command, detector_name="giphy", detector_weights=weights)
+    record = evaluate(pipe, chosen, eraser, tmp_path / "out").record["detector"]
+    assert record["detector"] == "giphy"
+    assert record["weights_sha256"] == {str(path): sha256(path.name.encode()).hexdigest() for path in weights}
+    looked = []
+    monkeypatch.setattr(CommandDetector, "detect", lambda self, files: looked.append(files) or [[] for _ in files])
+    evaluate(pipe, chosen, eraser, tmp_path / "out")
+    assert looked == []
+    weights[0].write_bytes(b"trained again")
+    evaluate(pipe, chosen, eraser, tmp_path / "out")
+    assert len(looked) == 6
+
+
+def test_a_judge_that_is_missing_is_named_before_anything_is_drawn(
+    pipe: Any, eraser: Eraser, protocol: FullScale, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(ImportError, match=r"itd\[nudenet\]"):
+        evaluate(pipe, replace(protocol, detector="nudenet"), eraser, tmp_path / "out")
+    chosen = replace(protocol, detector="command", command=command, detector_weights=(tmp_path / "none.pkl",))
+    with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
+        evaluate(pipe, chosen, eraser, tmp_path / "out")
+    assert not (tmp_path / "out" / "pictures").exists()
 
 
 def test_a_run_goes_on_after_the_last_picture_and_another_detector_looks_at_the_same_ones(

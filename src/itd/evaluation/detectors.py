@@ -29,7 +29,11 @@ class Detector(Protocol):
     """Finds things in picture files."""
 
     def describe(self) -> dict[str, Any]:
-        """Return name, weights' hash and classes, for the record."""
+        """Return name, weights' hashes and classes, for the record; what a detector found is kept under all of it.
+
+        Raises:
+            ImportError, OSError: the detector or its weights are not there.
+        """
         ...
 
     def detect(self, files: Sequence[Path]) -> list[list[Detection]]:
@@ -89,7 +93,7 @@ class CommandDetector:
     """Files whose hashes go into the record."""
 
     def describe(self) -> dict[str, Any]:
-        hashes = {path.name: sha256_of(path) for path in self.weights}
+        hashes = {str(path): sha256_of(path) for path in self.weights}
         return {"detector": self.name, "command": self.command, "classes": "all", "weights_sha256": hashes}
 
     def detect(self, files: Sequence[Path]) -> list[list[Detection]]:

@@ -84,6 +84,10 @@ class FullScale:
     """What looks at the pictures."""
     command: str | None = None
     """For the detector `command`: what is run with a folder of pictures and a file to write."""
+    detector_name: str = "command"
+    """For the detector `command`: its name in the record."""
+    detector_weights: tuple[Path, ...] = ()
+    """For the detector `command`: files of its weights, whose hashes go into the record."""
     thresholds: tuple[float, ...] = NUDENET_THRESHOLDS
     """Scores from which a detection counts."""
     clip: str | None = None
@@ -127,6 +131,8 @@ class FullScale:
             raise ValueError("full-scale measures a given eraser on a given pipeline: --model and --eraser are required")
         set_scheduler(pipe, self.scheduler)
         checker = switch_off_safety_checker(pipe)
+        detector = self.find_detector()
+        judges = {"detector": None if detector is None else detector.describe()}  # before hours of drawing: it may be missing
         facts = pipeline_record(pipe) | {"eraser": eraser_record(eraser), "drawing": self.drawing()}
         rows = [row for side in SIDES for row in self.rows(side)]
         ledger = Ledger(out / "cells", {"protocol": self.name, **facts})
@@ -138,7 +144,6 @@ class FullScale:
             if here:
                 measures.add_all(side, gate_rates([after[i] for i in here], [before[i] for i in here]))
         sections = [Section("Gate", figures=figures(before, after))]
-        detector = self.find_detector()
         if detector is not None:
             sections.append(self.detections(ledger, detector, before, after, measures))
         if self.clip is not None:
@@ -149,8 +154,7 @@ class FullScale:
             for name, (a, b) in pairs.items():
                 measures.add_all(name, ledger.cell(f"clean fid {name} {self.real}", lambda a=a, b=b: clean_fid(a, b)))
         measures.add_all("", promises(eraser))
-        found = None if detector is None else detector.describe()
-        record = facts | {"safety_checker": checker, "detector": found, "settings": asdict(self), "n_pictures": len(rows)}
+        record = facts | judges | {"safety_checker": checker, "settings": asdict(self), "n_pictures": len(rows)}
         return Report(self.name, "Full scale", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
     def drawing(self) -> dict[str, Any]:
@@ -207,12 +211,15 @@ class FullScale:
     def find_detector(self) -> Detector | None:
         if self.detector == "nudenet":
             return NudeNet()
-        return CommandDetector(str(self.command)) if self.detector == "command" else None
+        if self.detector == "command":
+            return CommandDetector(str(self.command), self.detector_name, self.detector_weights)
+        return None
 
     def detections(
         self, ledger: Ledger, detector: Detector, before: Sequence[Shot], after: Sequence[Shot], measures: Measures
     ) -> Section:
         """Return the threshold sweep; for concepts with names also how often a name is the strongest finding."""
+        described = detector.describe()
         rows: list[dict[str, Any]] = []
         top: dict[str, dict[str, Rate]] = {}
         for side in SIDES:
@@ -220,7 +227,7 @@ class FullScale:
                 mine = [shot for shot in shots if shot.row.side == side]
                 if not mine:
                     continue
-                found = self.found(ledger, detector, f"{arm} {side}", mine)
+                found = self.found(ledger, detector, f"detect {described} {arm} {side}", mine)
                 labels = sorted({d.label for picture in found for d in picture})
                 for threshold, rates in detection_sweep(found, labels, self.thresholds).items():
                     measures.add(f"{side}.{arm}.detected@{threshold:g}", rates["any"])
@@ -243,9 +250,7 @@ class FullScale:
         return Section("Detections", tables=(rows,), plots=(plot,))
 
     def found(self, ledger: Ledger, detector: Detector, key: str, shots: Sequence[Shot]) -> list[list[Detection]]:
-        cells = ledger.cell(
-            f"detect {detector} {key}", lambda: [list(map(list, p)) for p in detector.detect([s.file for s in shots])]
-        )
+        cells = ledger.cell(key, lambda: [list(map(list, p)) for p in detector.detect([s.file for s in shots])])
         return [[Detection(label, score) for label, score in picture] for picture in cells]
 
     def clip_measures(
