@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -182,21 +183,47 @@ def test_clip_scores_and_distances_are_measured_on_a_local_folder(
 
 
 def test_nudenet_finds_only_the_classes_that_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The package is stood in for: its boxes are what version 3 returns."""
-    boxes = [
-        {"class": "FEET_EXPOSED", "score": 0.8, "box": [0, 0, 1, 1]},
-        {"class": "FACE_FEMALE", "score": 0.9, "box": [0, 0, 1, 1]},
-    ]
+    """The package is stood in for: its boxes are what version 3 returns for what its network says."""
+
+    class Detector:
+        onnx_session = SimpleNamespace(run=lambda *_: [np.array([[[0.0], [0.0], [1.0], [1.0], [0.75], [0.5]]])])
+
+        def detect(self, path: str) -> list[dict[str, Any]]:
+            face, feet = self.onnx_session.run(None, {})[0][0, 4:, 0].tolist()
+            return [{"class": "FACE_FEMALE", "score": face}, {"class": "FEET_EXPOSED", "score": feet}]
+
     package = ModuleType("nudenet")
     package.__file__ = str(tmp_path / "__init__.py")
     (tmp_path / "320n.onnx").write_bytes(b"weights")
-    package.NudeDetector = lambda: SimpleNamespace(detect=lambda path: boxes)  # type: ignore[attr-defined]
+    package.NudeDetector = Detector  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nudenet", package)
-    assert NudeNet().detect([Path("a.png")]) == [[Detection("FEET_EXPOSED", 0.8)]]
+    assert NudeNet().detect([Path("a.png"), Path("b.png")]) == [[Detection("FEET_EXPOSED", 0.5)]] * 2
+    assert NudeNet(lowest=0.6).detect([Path("a.png")]) == [[]]
     assert set(NudeNet().describe()["weights_sha256"]) == {"320n.onnx"}
+    assert (NudeNet().describe()["lowest_score"], NudeNet(lowest=0.6).describe()["lowest_score"]) == (0.2, 0.6)
     monkeypatch.setitem(sys.modules, "nudenet", None)
     with pytest.raises(ImportError, match=r"itd\[nudenet\]"):
         NudeNet().detect([Path("a.png")])
+    with pytest.raises(ValueError, match="got 0"):
+        NudeNet(lowest=0)
+
+
+def test_nudenets_own_package_tells_what_scores_below_its_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The network is stood in for, as pictures that it fires on are not kept here; everything after it is the package's."""
+    nudenet = pytest.importorskip("nudenet")
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (320, 320)).save(picture)
+    assert NudeNet().detect([picture]) == [[]]
+    output = np.zeros((1, 22, 5), dtype=np.float32)
+    parts = ((3, 0.8, 60), (3, 0.4, 64), (7, 0.22, 160), (13, 0.19, 220), (1, 0.9, 280))
+    for place, (label, score, x) in enumerate(parts):
+        output[0, [0, 1, 2, 3, 4 + label], place] = x, 160, 40, 40, score
+    session = SimpleNamespace(run=lambda *_: [output], get_inputs=lambda: [SimpleNamespace(name="images")])
+    monkeypatch.setattr(sys.modules["nudenet.nudenet"].onnxruntime, "InferenceSession", lambda *_: session)
+    alone = [(box["class"], round(box["score"], 2)) for box in nudenet.NudeDetector().detect(str(picture))]
+    assert alone == [("FACE_FEMALE", 0.9), ("FEMALE_BREAST_EXPOSED", 0.8)]
+    (found,) = NudeNet().detect([picture])
+    assert [(part.label, round(part.score, 2)) for part in found] == [("FEMALE_BREAST_EXPOSED", 0.8), ("FEET_EXPOSED", 0.22)]
 
 
 def test_clean_fid_is_asked_for_both_distances(monkeypatch: pytest.MonkeyPatch) -> None:

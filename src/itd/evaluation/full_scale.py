@@ -210,7 +210,7 @@ class FullScale:
 
     def find_detector(self) -> Detector | None:
         if self.detector == "nudenet":
-            return NudeNet()
+            return NudeNet(lowest=min(self.thresholds))
         if self.detector == "command":
             return CommandDetector(str(self.command), self.detector_name, self.detector_weights)
         return None
