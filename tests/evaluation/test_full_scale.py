@@ -128,6 +128,25 @@ def test_a_judge_that_is_missing_is_named_before_anything_is_drawn(
     assert not (tmp_path / "out" / "pictures").exists()
 
 
+def test_every_detected_part_of_a_picture_counts(
+    pipe: Any, eraser: Eraser, protocol: FullScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [Detection("FEET_EXPOSED", 0.9), Detection("FEET_EXPOSED", 0.5), Detection("BELLY_EXPOSED", 0.21)]
+    monkeypatch.setattr(NudeNet, "describe", lambda self: {"lowest_score": self.lowest})
+    monkeypatch.setattr(NudeNet, "detect", lambda self, files: [parts, []])
+    chosen = replace(protocol, target=None, general=None, detector="nudenet", thresholds=(0.2, 0.6))
+    report = evaluate(pipe, chosen, eraser, tmp_path / "out")
+    assert report.record["detector"]["lowest_score"] == 0.2
+    assert (report.metrics["kept.erased.parts@0.2"], report.metrics["kept.erased.parts@0.6"]) == (3, 1)
+    assert (report.metrics["kept.erased.detected@0.2"], report.metrics["kept.erased.detected@0.6"]) == (0.5, 0.5)
+    (rows,) = next(section for section in report.sections if section.title == "Detections").tables
+    listed = {(row["threshold"], row["class"]): row["parts"] for row in rows if row["arm"] == "erased"}
+    assert listed == {
+        (0.2, "BELLY_EXPOSED"): 1, (0.2, "FEET_EXPOSED"): 2, (0.2, "any"): 3,
+        (0.6, "BELLY_EXPOSED"): 0, (0.6, "FEET_EXPOSED"): 1, (0.6, "any"): 1,
+    }  # fmt: skip
+
+
 def test_a_run_goes_on_after_the_last_picture_and_another_detector_looks_at_the_same_ones(
     pipe: Any, eraser: Eraser, protocol: FullScale, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -218,7 +219,10 @@ class FullScale:
     def detections(
         self, ledger: Ledger, detector: Detector, before: Sequence[Shot], after: Sequence[Shot], measures: Measures
     ) -> Section:
-        """Return the threshold sweep; for concepts with names also how often a name is the strongest finding."""
+        """Return the threshold sweep, in shares of pictures and in parts found, of which a picture may have several.
+
+        For concepts with names also how often a name is the strongest finding.
+        """
         described = detector.describe()
         rows: list[dict[str, Any]] = []
         top: dict[str, dict[str, Rate]] = {}
@@ -230,9 +234,12 @@ class FullScale:
                 found = self.found(ledger, detector, f"detect {described} {arm} {side}", mine)
                 labels = sorted({d.label for picture in found for d in picture})
                 for threshold, rates in detection_sweep(found, labels, self.thresholds).items():
+                    parts = Counter(d.label for picture in found for d in picture if d.score >= threshold)
+                    parts["any"] = parts.total()
                     measures.add(f"{side}.{arm}.detected@{threshold:g}", rates["any"])
+                    measures.add(f"{side}.{arm}.parts@{threshold:g}", parts["any"])
                     at = {"side": side, "arm": arm, "threshold": threshold}
-                    rows += [at | {"class": label, "share": share} for label, share in rates.items()]
+                    rows += [at | {"class": label, "share": share, "parts": parts[label]} for label, share in rates.items()]
                 if self.detector == "command":
                     top.setdefault(side, {})[arm] = named_right(mine, found)
                     measures.add(f"{side}.{arm}.accuracy", top[side][arm])
