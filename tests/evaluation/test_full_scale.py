@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 from hashlib import sha256
@@ -16,13 +17,14 @@ import pytest
 import torch
 from PIL import Image
 from stand_in import build_clip
-from tiny import add_safety_checker
-from transformers import CLIPImageProcessor, CLIPProcessor
+from tiny import add_safety_checker, randomise
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from itd import Eraser, evaluate
-from itd.evaluation import detectors, find_protocol
-from itd.evaluation.detectors import CommandDetector, NudeNet, clean_fid
+from itd.evaluation import detectors, find_protocol, full_scale
+from itd.evaluation.detectors import Clip, CommandDetector, NudeNet, clean_fid
 from itd.evaluation.full_scale import FullScale, pictures_in
+from itd.evaluation.world import weights_sha256
 from itd.metrics.detection import Detection
 
 DETECTOR = """
@@ -125,6 +127,8 @@ def test_a_judge_that_is_missing_is_named_before_anything_is_drawn(
     chosen = replace(protocol, detector="command", command=command, detector_weights=(tmp_path / "none.pkl",))
     with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
         evaluate(pipe, chosen, eraser, tmp_path / "out")
+    with pytest.raises(ValueError, match="no CLIP"):
+        evaluate(pipe, replace(protocol, clip=str(tmp_path)), eraser, tmp_path / "out")
     assert not (tmp_path / "out" / "pictures").exists()
 
 
@@ -197,8 +201,26 @@ def test_clip_scores_and_distances_are_measured_on_a_local_folder(
     assert metrics["kept.erased.clip_score"] == metrics["kept.unerased.clip_score"]
     assert metrics["general.fid_clip_erased_unerased"] == pytest.approx(0, abs=1e-6)
     assert metrics["general.fid_clip_erased_real"] > 0
-    with pytest.raises(ValueError, match="no CLIP"):
-        evaluate(pipe, replace(protocol, clip=str(tmp_path)), eraser, tmp_path / "out")
+
+
+def test_the_clip_is_where_the_pipeline_is_and_recorded_by_its_weights(
+    pipe: Any, eraser: Eraser, protocol: FullScale, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, asked, looked = Clip.images, [], []
+    monkeypatch.setattr(full_scale, "Clip", lambda *parts: asked.append(parts) or Clip(*parts))
+    monkeypatch.setattr(Clip, "images", lambda self, files: looked.append(files) or images(self, files))
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    chosen = replace(protocol, target=None, general=None, clip=str(folder))
+    first = evaluate(pipe, chosen, eraser, tmp_path / "out")
+    assert evaluate(pipe, chosen, eraser, tmp_path / "out").metrics == first.metrics
+    assert (asked, len(looked)) == ([(str(folder), pipe.device)] * 2, 2)
+    assert Clip(str(folder), "meta").parts()[0].device == torch.device("meta")
+    model = CLIPModel.from_pretrained(folder)
+    assert first.record["clip"] == {"model": str(folder), "weights_sha256": weights_sha256(model)}
+    randomise(model, 9).save_pretrained(folder)
+    second = evaluate(pipe, chosen, eraser, tmp_path / "out")
+    assert second.record["clip"]["weights_sha256"] != first.record["clip"]["weights_sha256"]
+    assert len(looked) == 4
 
 
 def test_nudenet_finds_only_the_classes_that_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from itd.artifacts import sha256_of
+from itd.evaluation.world import weights_sha256
 from itd.metrics.detection import NUDENET_THRESHOLDS, Detection
 
 EXPOSED = (
@@ -171,10 +173,22 @@ def read_detections(table: Path, files: Sequence[Path]) -> list[list[Detection]]
 
 @dataclass
 class Clip:
-    """A CLIP for scores and features, from a transformers folder or hub id; papers take openai/clip-vit-base-patch32."""
+    """A CLIP for scores and features, from a transformers folder or hub id, in fp32; papers take openai/clip-vit-base-patch32.
+
+    Embeddings come back on the CPU.
+    """
 
     model: str
+    device: torch.device | str = "cpu"
     loaded: tuple[Any, Any] | None = field(default=None, init=False)
+
+    def describe(self) -> dict[str, Any]:
+        """Return its place and the hash of its weights, for the record; what it said is kept under the hash."""
+        return {"model": self.model, "weights_sha256": self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        return weights_sha256(self.parts()[0])
 
     def parts(self) -> tuple[Any, Any]:
         """Load model and processor once.
@@ -191,7 +205,7 @@ class Clip:
                 processor: Any = CLIPProcessor.from_pretrained(self.model, local_files_only=local)
             except OSError as error:
                 raise ValueError(f"no CLIP at {self.model!r}: {str(error).strip().splitlines()[0]}") from error
-            self.loaded = model.to(torch.float32).eval(), processor
+            self.loaded = model.to(self.device, torch.float32).eval(), processor
         return self.loaded
 
     @torch.no_grad()
@@ -204,7 +218,7 @@ class Clip:
         for start in tqdm(range(0, len(files), batch_size), desc="clip", unit="batch", leave=False):
             pictures = [Image.open(file).convert("RGB") for file in files[start : start + batch_size]]
             pixels = processor.image_processor(images=pictures, return_tensors="pt").pixel_values
-            found.append(model.visual_projection(model.vision_model(pixels).pooler_output))
+            found.append(model.visual_projection(model.vision_model(pixels.to(self.device)).pooler_output).cpu())
         return torch.cat(found)
 
     @torch.no_grad()
@@ -216,7 +230,7 @@ class Clip:
         for start in range(0, len(prompts), batch_size):
             part = list(prompts[start : start + batch_size])
             tokens = processor.tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            found.append(model.text_projection(model.text_model(**tokens).pooler_output))
+            found.append(model.text_projection(model.text_model(**tokens.to(self.device)).pooler_output).cpu())
         return torch.cat(found)
 
 

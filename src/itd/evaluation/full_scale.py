@@ -133,7 +133,10 @@ class FullScale:
         set_scheduler(pipe, self.scheduler)
         checker = switch_off_safety_checker(pipe)
         detector = self.find_detector()
-        judges = {"detector": None if detector is None else detector.describe()}  # before hours of drawing: it may be missing
+        clip = None if self.clip is None else Clip(self.clip, pipe._execution_device)
+        judges: dict[str, Detector | Clip | None] = {"detector": detector, "clip": clip}
+        # Before hours of drawing, as a judge may be missing.
+        judged_by = {name: None if judge is None else judge.describe() for name, judge in judges.items()}
         facts = pipeline_record(pipe) | {"eraser": eraser_record(eraser), "drawing": self.drawing()}
         rows = [row for side in SIDES for row in self.rows(side)]
         ledger = Ledger(out / "cells", {"protocol": self.name, **facts})
@@ -147,15 +150,15 @@ class FullScale:
         sections = [Section("Gate", figures=figures(before, after))]
         if detector is not None:
             sections.append(self.detections(ledger, detector, before, after, measures))
-        if self.clip is not None:
-            self.clip_measures(ledger, Clip(self.clip), before, after, measures)
+        if clip is not None:
+            self.clip_measures(ledger, clip, before, after, measures)
         if self.clean_fid:
             folders = [out / "pictures" / arm / "general" for arm in ("erased", "unerased")]
             pairs = {"erased_unerased": folders} | ({"erased_real": [folders[0], self.real]} if self.real else {})
             for name, (a, b) in pairs.items():
                 measures.add_all(name, ledger.cell(f"clean fid {name} {self.real}", lambda a=a, b=b: clean_fid(a, b)))
         measures.add_all("", promises(eraser))
-        record = facts | judges | {"safety_checker": checker, "settings": asdict(self), "n_pictures": len(rows)}
+        record = facts | judged_by | {"safety_checker": checker, "settings": asdict(self), "n_pictures": len(rows)}
         return Report(self.name, "Full scale", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
     def drawing(self) -> dict[str, Any]:
@@ -275,14 +278,14 @@ class FullScale:
                 def embed(mine: Sequence[Shot] = mine) -> dict[str, torch.Tensor]:
                     return {"image": clip.images([s.file for s in mine]), "text": clip.texts([s.row.prompt for s in mine])}
 
-                found = ledger.tensors(f"clip {clip.model} {arm} {side}", embed)
+                found = ledger.tensors(f"clip {clip.digest} {arm} {side}", embed)
                 features[arm] = found["image"]
                 measures.add(f"{side}.{arm}.clip_score", mean_rate(clip_score(found["image"], found["text"])))
             if side == "general" and len(features) == 2 and len(features["erased"]) > 1:
                 measures.add_all("general", clip_distances("erased_unerased", features["erased"], features["unerased"]))
                 if self.real is not None:
                     real = ledger.tensors(
-                        f"clip {clip.model} {self.real}", lambda: {"image": clip.images(pictures_in(self.real))}
+                        f"clip {clip.digest} {self.real}", lambda: {"image": clip.images(pictures_in(self.real))}
                     )["image"]
                     for arm, mine in features.items():
                         measures.add_all("general", clip_distances(f"{arm}_real", mine, real))
