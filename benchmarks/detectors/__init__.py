@@ -1,0 +1,1 @@
+"""Detectors in environments of their own, one script each, for `itd evaluate full-scale --detector command`."""
