@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from benchmarks.rivals.task import Maker, Task
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Measures, Report, Section
 from itd.metrics.detection import harmonic_mean
-from itd.metrics.intervals import NOTHING, Rate, interval_of, rate, wilson
+from itd.metrics.intervals import NOTHING, Rate, drawn_sums, interval_of, rate, wilson
 
 UNCHANGED = 2 / 255
 """A picture is unchanged if no value differs by more than this: what rounding in another batch does not reach."""
@@ -59,8 +60,6 @@ COLUMNS = (
     Column("false_positives_general", False, "prompts of everything else that the gate flags"),
     Column("setup_seconds", False, "time to train, edit or calibrate"),
 )
-N_DRAWS = 2000
-"""Bootstrap draws of the harmonic mean's interval."""
 KINDS = ("erased", "kept", "general")
 
 
@@ -79,9 +78,8 @@ def run(
     cells: dict[str, Any] = {}
     for maker in tqdm(list(makers), desc="rivals", unit="system"):
         cells[maker.name] = ledger.cell(f"system {maker.name}", lambda maker=maker: system_cell(task, maker, cases, shown))
-    systems = {name: measures_of(cell, cases, cells.get("none")) for name, cell in cells.items()}
-    gate_measures = {name: gate_measures_of(flags, probes) for name, flags in gate_rows.items()}
-    return build_report(systems, gate_measures, cases, probes, {**record, "cells": cells, "gates": gate_rows})
+    systems, alone = table_of(cells, cases, cells.get("none")), table_of(gate_rows, probes, None)
+    return build_report(systems, alone, cases, probes, {**record, "cells": cells, "gates": gate_rows})
 
 
 def gate_cell(task: Task, maker: GateMaker, probes: Sequence[Case]) -> dict[str, Any]:
@@ -104,19 +102,65 @@ def system_cell(task: Task, maker: Maker, cases: Sequence[Case], shown: Shown) -
 # The numbers
 
 
-def measures_of(cell: Mapping[str, Any], cases: Sequence[Case], none: Mapping[str, Any] | None) -> dict[str, Rate | float]:
-    """Return the columns of a rival; `none` is the cell of the pipeline without erasure."""
-    found: dict[str, Rate | float] = {}
+class Winner(NamedTuple):
+    """Who is best in a column, and who cannot be told from them."""
+
+    column: str
+    best: tuple[str, ...]
+    tied: tuple[str, ...]
+
+
+class Table(NamedTuple):
+    """The columns of every rival, and who wins them."""
+
+    rows: dict[str, dict[str, Rate | float]]
+    winners: list[Winner]
+
+
+def table_of(cells: Mapping[str, Mapping[str, Any]], cases: Sequence[Case], none: Mapping[str, Any] | None) -> Table:
+    """Return the table of rivals that saw the same cases; `none` is the cell of the pipeline without erasure."""
+    rows = {name: measures_of(cell, cases, none) for name, cell in cells.items()}
+    return Table(rows, winners_of(rows, {name: draws_of(cell, cases, none) for name, cell in cells.items()}))
+
+
+def flags_of(cell: Mapping[str, Any], cases: Sequence[Case]) -> dict[str, list[list[bool]]]:
+    """Return what each column counts, one list per concept; of the gate only, where nothing was drawn."""
+    found: dict[str, list[list[bool]]] = {}
     for kind in KINDS:
-        rows = [i for i, case in enumerate(cases) if case.kind == kind]
-        found[f"shown_{kind}"] = rate(cases[i].noun in cell["seen"][i] for i in rows)
-        if kind != "erased":
-            found[f"unchanged_{kind}"] = rate(cell["same"][i] for i in rows)
+        groups: dict[str, list[int]] = {}
+        for i, case in enumerate(cases):
+            if case.kind == kind:
+                groups.setdefault(case.noun, []).append(i)
+        if "seen" in cell:
+            found[f"shown_{kind}"] = [[noun in cell["seen"][i] for i in rows] for noun, rows in groups.items()]
+            if kind != "erased":
+                found[f"unchanged_{kind}"] = [[cell["same"][i] for i in rows] for rows in groups.values()]
         if cell["fired"] is not None:
-            found["recall" if kind == "erased" else f"false_positives_{kind}"] = rate(cell["fired"][i] for i in rows)
+            column = "recall" if kind == "erased" else f"false_positives_{kind}"
+            found[column] = [[cell["fired"][i] for i in rows] for rows in groups.values()]
+    return found
+
+
+def measures_of(cell: Mapping[str, Any], cases: Sequence[Case], none: Mapping[str, Any] | None) -> dict[str, Rate | float]:
+    """Return the columns of a rival."""
+    found: dict[str, Rate | float] = {column: rate(chain(*groups)) for column, groups in flags_of(cell, cases).items()}
     if none is not None:
         found["harmonic_mean"] = harmonic(cell, none, cases)
     return found | {"setup_seconds": float(cell["setup_seconds"])}
+
+
+def draws_of(
+    cell: Mapping[str, Any], cases: Sequence[Case], none: Mapping[str, Any] | None
+) -> dict[str, Float[Tensor, " draws"]]:
+    """Return the columns in bootstrap draws of concepts, which are the same draws for every rival."""
+    found = {}
+    for column, groups in flags_of(cell, cases).items():
+        if groups:
+            hits, n = drawn_sums(torch.tensor([[sum(group), len(group)] for group in groups])).unbind(1)
+            found[column] = hits.double() / n
+    if none is not None:
+        found["harmonic_mean"] = harmonic_draws(*gone_and_kept(cell, none, cases))
+    return found
 
 
 def harmonic(cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[Case]) -> Rate:
@@ -124,110 +168,96 @@ def harmonic(cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[C
 
     With the interval of a bootstrap over concepts; where the mean is 0 or 1, the Wilson interval of as many concepts.
     """
-
-    def counts(kind: str, sides: Sequence[Mapping[str, Any]]) -> Float[Tensor, "concepts counts"]:
-        """Return per concept how often each side shows it, and how many pictures there are."""
-        rows: dict[str, list[list[float]]] = {}
-        for i, case in enumerate(cases):
-            if case.kind == kind:
-                rows.setdefault(case.noun, []).append([*(float(case.noun in side["seen"][i]) for side in sides), 1.0])
-        return torch.tensor([[sum(column) for column in zip(*found, strict=True)] for found in rows.values()])
-
-    erased, kept = counts("erased", [cell]), counts("kept", [cell, none])
-
-    def mean_of(erased: Float[Tensor, "concepts 2"], kept: Float[Tensor, "concepts 3"]) -> float:
-        (shown, n), (after, before, _) = erased.sum(0).tolist(), kept.sum(0).tolist()
-        return harmonic_mean(1 - shown / n, min(1.0, after / before)) if before else math.nan
-
-    value, n = mean_of(erased, kept), int(erased[:, 1].sum() + kept[:, 2].sum())
+    erased, kept = gone_and_kept(cell, none, cases)
+    value, n = harmonic_of(erased.sum(0), kept.sum(0)), int(erased[:, 1].sum() + kept[:, 2].sum())
     if not 0 < value < 1:
         bounds = wilson(round(value * len(erased)), len(erased)) if math.isfinite(value) else NOTHING
         return Rate(value, bounds.low, bounds.high, n)
-    generator = torch.Generator().manual_seed(0)
-    draws = [
-        mean_of(*(side[torch.randint(len(side), (len(side),), generator=generator)] for side in (erased, kept)))
-        for _ in range(N_DRAWS)
-    ]
-    return Rate(value, *interval_of(torch.tensor(draws).nan_to_num(0.0), 0.95), n)
+    return Rate(value, *interval_of(harmonic_draws(erased, kept), 0.95), n)
 
 
-def gate_measures_of(cell: Mapping[str, Any], probes: Sequence[Case]) -> dict[str, Rate | float]:
-    """Return recall and false positives of a gate on prompts of which nothing is drawn."""
-    flags = {kind: [cell["fired"][i] for i, probe in enumerate(probes) if probe.kind == kind] for kind in KINDS}
-    return {
-        "recall": rate(flags["erased"]), "false_positives_kept": rate(flags["kept"]),
-        "false_positives_general": rate(flags["general"]), "setup_seconds": float(cell["setup_seconds"]),
-    }  # fmt: skip
+def gone_and_kept(
+    cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[Case]
+) -> tuple[Float[Tensor, "concepts 2"], Float[Tensor, "concepts 3"]]:
+    """Return per erased concept in how many pictures it is seen, and of how many; per kept one also without erasure."""
+    flags, before = flags_of(cell, cases), flags_of(none, cases)["shown_kept"]
+    erased = [[sum(group), len(group)] for group in flags["shown_erased"]]
+    kept = [[sum(after), sum(bare), len(bare)] for after, bare in zip(flags["shown_kept"], before, strict=True)]
+    return torch.tensor(erased).double(), torch.tensor(kept).double()
+
+
+def harmonic_of(erased: Float[Tensor, " 2"], kept: Float[Tensor, " 3"]) -> float:
+    """Return the harmonic mean of counts; NaN where nothing is seen without erasure."""
+    (shown, n), (after, before, _) = erased.tolist(), kept.tolist()
+    return harmonic_mean(1 - shown / n, min(1.0, after / before)) if before else math.nan
+
+
+def harmonic_draws(erased: Float[Tensor, "concepts 2"], kept: Float[Tensor, "concepts 3"]) -> Float[Tensor, " draws"]:
+    """Return the harmonic mean in bootstrap draws of concepts."""
+    draws = zip(drawn_sums(erased), drawn_sums(kept, seed=1), strict=True)
+    return torch.tensor([harmonic_of(*pair) for pair in draws], dtype=torch.float64).nan_to_num(0.0)
 
 
 def value_of(value: Rate | float) -> float:
     return value.value if isinstance(value, Rate) else value
 
 
-class Winner(NamedTuple):
-    """Who is best in a column, and who cannot be told from them: their intervals overlap."""
-
-    column: str
-    best: tuple[str, ...]
-    tied: tuple[str, ...]
-
-
-def winners_of(rows: Mapping[str, Mapping[str, Rate | float]]) -> list[Winner]:
+def winners_of(
+    rows: Mapping[str, Mapping[str, Rate | float]], draws: Mapping[str, Mapping[str, Float[Tensor, " draws"]]]
+) -> list[Winner]:
     """Return the winner of every column that somebody has a number in."""
     found = []
     for column in COLUMNS:
         values = {name: row[column.name] for name, row in rows.items() if column.name in row}
         known = {name: value for name, value in values.items() if math.isfinite(value_of(value))}
         if known:
-            found.append(winner_of(column, known))
+            drawn = {name: draws[name][column.name] for name in known if column.name in draws[name]}
+            found.append(winner_of(column, known, drawn))
     return found
 
 
-def winner_of(column: Column, values: Mapping[str, Rate | float]) -> Winner:
-    """Return who has the best value of a column, and whose interval overlaps with theirs."""
+def winner_of(column: Column, values: Mapping[str, Rate | float], draws: Mapping[str, Float[Tensor, " draws"]]) -> Winner:
+    """Return who has the best value of a column, and who cannot be told from any of them; numbers without draws never tie."""
     pick = max if column.larger else min
     best = pick(value_of(value) for value in values.values())
     first = tuple(name for name, value in values.items() if value_of(value) == best)
-    leading = values[first[0]]
-    tied = tuple(name for name, value in values.items() if name not in first and overlap(value, leading))
-    return Winner(column.name, first, tied)
+    others = [name for name in draws if name not in first]
+    return Winner(column.name, first, tuple(name for name in others if all(tied(draws[name], draws[w]) for w in first)))
 
 
-def overlap(a: Rate | float, b: Rate | float) -> bool:
-    """Tell whether two intervals overlap; numbers without one never do."""
-    return isinstance(a, Rate) and isinstance(b, Rate) and a.low <= b.high and b.low <= a.high
+def tied(a: Float[Tensor, " draws"], b: Float[Tensor, " draws"]) -> bool:
+    """Tell whether the 95 % interval of the paired difference contains 0."""
+    low, high = interval_of(a - b, 0.95)
+    return low <= 0 <= high
 
 
 # The report
 
 
 def build_report(
-    systems: Mapping[str, Mapping[str, Rate | float]],
-    gates: Mapping[str, Mapping[str, Rate | float]],
-    cases: Sequence[Case],
-    probes: Sequence[Case],
-    record: Mapping[str, Any],
+    systems: Table, gates: Table, cases: Sequence[Case], probes: Sequence[Case], record: Mapping[str, Any]
 ) -> Report:
     """Return the page: systems, gates alone, winners of both."""
     measures = Measures()
-    for prefix, rows in (("system", systems), ("gate", gates)):
-        for name, values in rows.items():
+    for prefix, table in (("system", systems), ("gate", gates)):
+        for name, values in table.rows.items():
             measures.add_all(f"{prefix}.{name}", values)
     tables = {"Systems": systems, "Gates alone": gates}
     texts = {
-        "Systems": f"{len(cases)} pictures each, of the same prompts and seeds. In brackets: 95 % Wilson intervals.",
+        "Systems": f"{len(cases)} pictures each, of the same prompts and seeds. In brackets: 95 % Wilson intervals. Tied: the "
+        "95 % interval of the paired difference to the winner contains 0, in a bootstrap over concepts.",
         "Gates alone": f"{len(probes)} held-out prompts each; nothing is drawn.",
     }
     sections = []
-    for title, rows in tables.items():
-        if rows:
-            sections.append(Section(title, texts[title], (table_rows(rows), winner_rows(winners_of(rows)))))
+    for title, table in tables.items():
+        if table.rows:
+            sections.append(Section(title, texts[title], (table_rows(table.rows), winner_rows(table.winners))))
     meaning = [
         {"column": column.name, "better": "larger" if column.larger else "smaller", "what it is": column.meaning}
         for column in COLUMNS
     ]
     sections.append(Section("Columns", "", (meaning,)))
-    winners = {title: [winner._asdict() for winner in winners_of(rows)] for title, rows in tables.items()}
+    winners = {title: [winner._asdict() for winner in table.winners] for title, table in tables.items()}
     counts = {kind: sum(case.kind == kind for case in cases) for kind in KINDS}
     record = {**record, "winners": winners, "n_pictures": counts, "cases": [case._asdict() for case in cases]}
     lead = "Ways to erase the same concepts from the same model, on held-out prompts with the same seeds."

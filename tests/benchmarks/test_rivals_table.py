@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.rivals import __main__ as command
 from benchmarks.rivals.gates import EDITED, Gate
-from benchmarks.rivals.table import COLUMNS, Case, harmonic, measures_of, run, winner_of, winners_of
+from benchmarks.rivals.table import COLUMNS, Case, harmonic, measures_of, run, table_of, winner_of, winners_of
 from itd.evaluation.ledger import Ledger
 from itd.metrics.intervals import Rate, rate, wilson
 from itd.templates import TEMPLATES
@@ -93,33 +94,56 @@ def test_keeping_is_relative_to_what_is_seen_without_erasure() -> None:
 def test_the_interval_of_the_harmonic_mean_is_over_concepts() -> None:
     cases = [Case(kind, f"{kind} {i // 2}", "", i) for kind in ("erased", "kept") for i in range(20)]
     every, nothing = [[case.noun] for case in cases], [[] for _ in cases]
-    none = {**NONE, "seen": every}
-    once = {**NONE, "seen": [["erased 0"], *nothing[1:20], *every[20:]]}
+    none = {**NONE, "same": [True] * 40, "seen": every}
+    once = {**none, "seen": [["erased 0"], *nothing[1:20], *every[20:]]}
     found = harmonic(once, none, cases)
     assert found.value == pytest.approx(2 * 0.95 / 1.95)
     assert found.high == 1.0, "one concept of ten is left out of some draws"
     assert found.low == pytest.approx(2 * 0.85 / 1.85, abs=0.03)
-    perfect = harmonic({**NONE, "seen": [*nothing[:20], *every[20:]]}, none, cases)
-    table = {"perfect": {"harmonic_mean": perfect}, "once": {"harmonic_mean": found}}
-    assert winners_of(table) == [("harmonic_mean", ("perfect",), ("once",))]
+    perfect = {**none, "seen": [*nothing[:20], *every[20:]]}
+    winners = {winner.column: winner[1:] for winner in table_of({"perfect": perfect, "once": once}, cases, none).winners}
+    assert winners["harmonic_mean"] == winners["shown_erased"] == (("perfect",), ("once",))
 
 
-def test_winners_and_ties_by_hand() -> None:
-    values = {
-        "a": rate([True] * 90 + [False] * 10),
-        "b": rate([True] * 85 + [False] * 15),
-        "c": rate([True] * 20 + [False] * 80),
-    }
-    assert winner_of(COLUMN["shown_kept"], values) == ("shown_kept", ("a",), ("b",))
-    assert winner_of(COLUMN["shown_erased"], values) == ("shown_erased", ("c",), ())
+def recall_of(**gates: list[list[bool]]) -> tuple[dict[str, Rate], tuple[tuple[str, ...], ...]]:
+    """Return the recall of gates that fire so on every concept's prompts, and who wins it."""
+    groups = next(iter(gates.values()))
+    cases = [Case("erased", f"noun {i}", "", 0) for i, group in enumerate(groups) for _ in group]
+    rows, winners = table_of({name: {"fired": [*chain(*g)], "setup_seconds": 0.0} for name, g in gates.items()}, cases, None)
+    return {name: row["recall"] for name, row in rows.items()}, winners[0][1:]  # type: ignore[misc]
+
+
+def test_who_is_better_on_every_concept_wins_alone_though_intervals_overlap() -> None:
+    half, more = [[True, False] * 2] * 10, [[True, True, True, False]] * 10
+    recall, winner = recall_of(half=half, more=more)
+    assert recall["half"].high > recall["more"].low
+    assert winner == (("more",), ())
+
+
+def test_who_is_better_on_one_concept_only_is_tied_with_though_intervals_do_not_overlap() -> None:
+    every, less = [[True] * 20] * 5, [[True] * 20] * 4 + [[False] * 20]
+    recall, winner = recall_of(every=every, less=less)
+    assert recall["less"].high < recall["every"].low
+    assert winner == (("every",), ("less",))
+
+
+def test_a_tie_is_one_with_each_of_the_best() -> None:
+    first, second = [[True] * 4] * 6 + [[False] * 4] * 6, [[False] * 4] * 6 + [[True] * 4] * 6
+    close = [[True] * 4] * 5 + [[False] * 4] * 7
+    assert recall_of(first=first, close=close)[1] == (("first",), ("close",))
+    worse = [[True, True, True, False]] * 6 + [[False] * 4] * 6
+    assert recall_of(first=first, second=second, worse=worse)[1] == (("first", "second"), ())
+
+
+def test_numbers_without_an_interval_win_and_never_tie() -> None:
     times = {"a": 1.0, "b": 1.0, "c": 2.0}
-    assert winner_of(COLUMN["setup_seconds"], times) == ("setup_seconds", ("a", "b"), ())
+    assert winner_of(COLUMN["setup_seconds"], times, {}) == ("setup_seconds", ("a", "b"), ())
 
 
 def test_a_column_without_numbers_has_no_winner() -> None:
     rows = {"a": {"harmonic_mean": math.nan, "shown_kept": rate([True])}}
-    assert [winner.column for winner in winners_of(rows)] == ["shown_kept"]
-    assert winners_of({"a": {"shown_kept": rate([])}}) == []
+    assert [winner.column for winner in winners_of(rows, {"a": {}})] == ["shown_kept"]
+    assert winners_of({"a": {"shown_kept": rate([])}}, {"a": {}}) == []
 
 
 def test_the_table_is_made_resumed_and_saved(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binomtest
 
 from itd.gate import threshold_for_fpr
-from itd.metrics.intervals import clustered_rate, conformal_interval, mean_rate, rate, wilson
+from itd.metrics.intervals import clustered_rate, conformal_interval, drawn_sums, mean_rate, rate, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 5), (1, 5), (5, 5), (37, 100), (999, 1000)])
@@ -61,6 +61,15 @@ def test_agreeing_clusters_still_have_a_width() -> None:
     found = clustered_rate([[True] * 25] * 8)
     assert (found.value, found.high, found.n) == (1.0, 1.0, 200)
     assert found.low == wilson(8, 8).low
+
+
+def test_drawn_sums_are_of_as_many_groups_the_same_for_all_counts() -> None:
+    counts = torch.tensor([[1, 10], [2, 20], [3, 30]])
+    sums = drawn_sums(counts)
+    assert torch.equal(sums[:, 1], 10 * sums[:, 0]), "columns are drawn together"
+    assert torch.equal(drawn_sums(counts[:, :1] + 1), sums[:, :1] + 3), "and so are those of another table"
+    assert set(sums[:, 0].tolist()) == set(range(3, 10))
+    assert not torch.equal(drawn_sums(counts, seed=1), sums)
 
 
 def test_the_bootstrap_interval_of_a_mean_holds_the_mean() -> None:

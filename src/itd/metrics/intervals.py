@@ -80,10 +80,18 @@ def clustered_rate(groups: Sequence[Sequence[bool]], confidence: float = 0.95, n
     if value in (0.0, 1.0):
         bounds = wilson(round(value * len(counts)), len(counts), confidence)
         return Rate(value, bounds.low, bounds.high, n)
-    picks = torch.randint(len(counts), (n_draws, len(counts)), generator=torch.Generator().manual_seed(seed))
-    drawn = counts[picks].sum(1)
+    drawn = drawn_sums(counts, n_draws, seed)
     low, high = interval_of(drawn[:, 0] / drawn[:, 1], confidence)
     return Rate(value, low, high, n)
+
+
+def drawn_sums(counts: Float[Tensor, "groups k"], n_draws: int = 2000, seed: int = 0) -> Float[Tensor, "draws k"]:
+    """Return the sums of counts over bootstrap draws of as many groups.
+
+    One seed draws the same groups whatever the counts: the difference of two systems' draws is paired.
+    """
+    picks = torch.randint(len(counts), (n_draws, len(counts)), generator=torch.Generator().manual_seed(seed))
+    return counts[picks].sum(1)
 
 
 def mean_rate(values: Float[Tensor, " n"], confidence: float = 0.95, n_draws: int = 2000, seed: int = 0) -> Rate:
