@@ -17,8 +17,9 @@ from itd.activations import stream
 from itd.attacks.differentiable import prompt_scores
 from itd.attacks.diffusion import encode_texts
 from itd.eraser import Eraser
-from itd.erasing import EraseConfig, erase
+from itd.erasing import PRESETS, EraseConfig, erase
 from itd.gate import calibrate
+from itd.inputs import erase_settings
 from itd.prompts import PromptSet
 
 Score = Callable[[Sequence[str]], Float[Tensor, "prompts concepts"]]
@@ -125,7 +126,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Features:
-    """The gate of an eraser, by one of its scores; features are chosen by `evidence` for all of them."""
+    """The gate of an eraser, by one of its scores; all score the features that `itd.erase` selects by default."""
 
     name: Literal["evidence", "contribution", "reconstruction"] = "evidence"
 
@@ -154,16 +155,19 @@ GATES: tuple[GateMaker, ...] = (*EDITED, Shipped())
 
 
 def make_eraser(task: Task, score: Literal["evidence", "contribution", "reconstruction"] = "evidence") -> Eraser:
-    """Return the eraser that itd makes for the task, with its default features."""
+    """Return the eraser that itd makes for the task, with its default features and one threshold for all concepts."""
     return erased_once(task, f"eraser {score}", EraseConfig(score=score, calibration="shared", fpr=task.fpr))
 
 
 def shipped_eraser(task: Task, preset: str) -> Eraser:
-    """Return what `itd.erase` makes of the task by a preset, whatever rate the others are calibrated to."""
-    return erased_once(task, f"shipped {preset}", preset)
+    """Return what `itd.erase` makes of the task by a preset, whatever rate the others are calibrated to.
+
+    What the preset leaves open is the embedded world's own, as on the command line: what is drawn for a refused prompt.
+    """
+    return erased_once(task, f"shipped {preset}", erase_settings(None, PRESETS[preset]))
 
 
-def erased_once(task: Task, key: str, config: EraseConfig | str) -> Eraser:
+def erased_once(task: Task, key: str, config: EraseConfig) -> Eraser:
     """Return what `itd.erase` makes of the task, the first time by making it."""
     sets = (task.target, task.retain, task.neutral)
     return task.once(key, lambda: erase(task.pipe, task.sae, task.site, *sets, config))

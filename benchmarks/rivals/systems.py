@@ -63,7 +63,7 @@ class Attached:
 
 @dataclass(frozen=True)
 class Itd:
-    """`itd.erase` with a preset, and nothing else set."""
+    """`itd.erase` with a preset; what it leaves open is the embedded world's own."""
 
     preset: Literal["default", "strict"] = "default"
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import FRAMES, NOUNS, SITE, make_sae
 
+from benchmarks.rivals import gates
 from benchmarks.rivals.edits import EDITS, GateAndEdit, Gated, edited_states, naming_tokens
 from benchmarks.rivals.esd import ErasedDiffusion, cross_attention
 from benchmarks.rivals.gates import GATES, Cosine, Features, Gate, Probe, StringMatch, make_eraser, mean_activations
@@ -17,7 +18,7 @@ from benchmarks.rivals.safree import Filtered, Safree, trigger_tokens
 from benchmarks.rivals.systems import Itd, NegativePrompt, NoErasure, Projection, SafeLatentDiffusion, span_projection
 from benchmarks.rivals.task import Maker, Task, copy_with
 from benchmarks.rivals.uce import UnifiedConceptEditing, last_states, text_layers
-from itd import Eraser, PromptSet
+from itd import Eraser, PromptSet, emoji
 from itd.activations import stream
 from itd.attacks.diffusion import encode_texts
 from itd.gate import SCORES
@@ -228,6 +229,12 @@ def test_itd_is_the_eraser_attached(task: Task) -> None:
     assert torch.allclose(images[1], plain[1], atol=1e-5)
     eraser = task.made["shipped default"][0]
     assert (eraser.edit.mode, eraser.records[0]["config"]["fpr"]) == ("subtract", 0.002), "not the rate of the comparison"
+
+
+def test_a_preset_is_completed_with_what_the_embedded_world_sets(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "erase", lambda *args: args[-1])
+    strict: Any = gates.shipped_eraser(task, "strict")
+    assert (strict.edit, strict.anchor) == ("refuse", emoji.ANCHOR)
 
 
 def test_the_negative_prompt_is_that_of_the_pipeline(task: Task) -> None:
