@@ -73,7 +73,7 @@ def makers_of(config: RivalsConfig) -> list[Maker]:
         ErasedDiffusion(n_steps=config.esd_steps, lr=config.esd_lr, seed=config.seed),
     ]  # fmt: skip
     systems += [GateAndEdit(gate, edit) for gate in EDITED for edit in EDITS]
-    systems += [Itd(), Itd("strict")]
+    systems += [Itd("paper"), Itd(), Itd("strict")]
     unknown = set(config.only) - {maker.name for maker in systems}
     if unknown:
         raise ValueError(f"only must name systems of {', '.join(maker.name for maker in systems)}; got {sorted(unknown)[0]!r}")

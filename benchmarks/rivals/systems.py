@@ -65,11 +65,11 @@ class Attached:
 class Itd:
     """`itd.erase` with a preset; what it leaves open is the embedded world's own."""
 
-    preset: Literal["default", "strict"] = "default"
+    preset: Literal["default", "strict", "paper"] = "default"
 
     @property
     def name(self) -> str:
-        return "itd" if self.preset == "default" else f"itd, {self.preset}"
+        return {"default": "itd", "strict": "itd, strict", "paper": "publication"}[self.preset]
 
     def __call__(self, task: Task) -> Rival:
         return Attached(self.name, System(task.pipe, shipped_eraser(task, self.preset), task.options))

@@ -237,6 +237,17 @@ def test_a_preset_is_completed_with_what_the_embedded_world_sets(task: Task, mon
     assert (strict.edit, strict.anchor) == ("refuse", emoji.ANCHOR)
 
 
+def test_the_publication_has_its_own_features_threshold_and_edit(task: Task) -> None:
+    rival = Itd("paper")(task)
+    assert rival.name == "publication"
+    eraser = task.made["shipped paper"][0]
+    assert eraser.records[0]["config"]["selection"] == "difference"
+    scores = torch.tensor(eraser.records[0]["positives"])
+    assert eraser.gate.thresholds == (pytest.approx(0.99 * float(scores.min())),), "one for all that the features stand for"
+    assert (eraser.gate.score, eraser.edit.mode, eraser.edit.strength) == ("reconstruction", "scale", -8)
+    assert make_eraser(task, "reconstruction").gate.thresholds != eraser.gate.thresholds
+
+
 def test_the_negative_prompt_is_that_of_the_pipeline(task: Task) -> None:
     generator = torch.Generator().manual_seed(5)
     options = {**OPTIONS, "negative_prompt": "house, boat"}
