@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks.rivals.gates import pooled, shipped_eraser
 from benchmarks.rivals.task import Call, Rival, Task, draw_in_batches
+from itd import pipelines
 from itd.attacks.base import System
-from itd.attacks.diffusion import encode_texts
+from itd.attacks.diffusion import ENCODER, encode_texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +90,29 @@ def seeds_of(generators: Sequence[torch.Generator]) -> list[int]:
     return [generator.initial_seed() for generator in generators]
 
 
+def in_one_prompt(pipe: Any, names: Sequence[str]) -> str:
+    """Return the names as one prompt, separated by commas, or by spaces where the text encoder would cut off the last names.
+
+    Raises:
+        ValueError: the names alone are more tokens than it reads.
+    """
+    room = pipelines.tokenizer_of(pipe, ENCODER).model_max_length - 2
+    texts = [separator.join(names) for separator in (", ", " ")]
+    n_tokens = [len(row) for row in pipelines.token_rows(pipe, ENCODER, texts, whole=True)]
+    for text, n in zip(texts, n_tokens, strict=True):
+        if n <= room:
+            return text
+    raise ValueError(f"the {len(names)} names are {n_tokens[-1]} tokens, the text encoder reads {room}; erase fewer")
+
+
 @dataclass(frozen=True)
 class NegativePrompt:
-    """The concepts' names as the negative prompt of every prompt. What the text encoder cuts off has no effect."""
+    """The concepts' names as the negative prompt of every prompt."""
 
     name: ClassVar[str] = "negative prompt"
 
     def __call__(self, task: Task) -> Rival:
-        negative = ", ".join(task.names)
+        negative = in_one_prompt(task.pipe, task.names)
 
         def call(prompts: list[str], generators: list[torch.Generator]) -> Tensor:
             options = {**task.options, "negative_prompt": [negative] * len(prompts)}
@@ -126,7 +142,7 @@ class SafeLatentDiffusion:
         parts = {name: part for name, part in task.pipe.components.items() if name != "image_encoder"}
         pipe: Any = StableDiffusionPipelineSafe(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
-        pipe.safety_concept = ", ".join(task.names)
+        pipe.safety_concept = in_one_prompt(pipe, task.names)
         settings = {
             "sld_guidance_scale": self.guidance, "sld_warmup_steps": self.warmup, "sld_threshold": self.threshold,
             "sld_momentum_scale": self.momentum, "sld_mom_beta": self.beta,

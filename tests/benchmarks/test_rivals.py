@@ -15,10 +15,18 @@ from benchmarks.rivals.edits import EDITS, GateAndEdit, Gated, edited_states, na
 from benchmarks.rivals.esd import ErasedDiffusion, cross_attention
 from benchmarks.rivals.gates import GATES, Cosine, Features, Gate, Probe, StringMatch, make_eraser, mean_activations
 from benchmarks.rivals.safree import Filtered, Safree, trigger_tokens
-from benchmarks.rivals.systems import Itd, NegativePrompt, NoErasure, Projection, SafeLatentDiffusion, span_projection
+from benchmarks.rivals.systems import (
+    Itd,
+    NegativePrompt,
+    NoErasure,
+    Projection,
+    SafeLatentDiffusion,
+    in_one_prompt,
+    span_projection,
+)
 from benchmarks.rivals.task import Maker, Task, copy_with
 from benchmarks.rivals.uce import UnifiedConceptEditing, last_states, text_layers
-from itd import Eraser, PromptSet, emoji
+from itd import Eraser, PromptSet, emoji, pipelines
 from itd.activations import stream
 from itd.attacks.diffusion import encode_texts
 from itd.gate import SCORES
@@ -253,6 +261,29 @@ def test_the_negative_prompt_is_that_of_the_pipeline(task: Task) -> None:
     options = {**OPTIONS, "negative_prompt": "house, boat"}
     wanted = task.pipe("a cat", generator=generator, output_type="pt", **options).images
     assert torch.allclose(NegativePrompt()(task).draw(["a cat"], [5]), wanted, atol=1e-5)
+
+
+LONG = (*NOUNS, "park", "night", "table", "window", "photo")
+"""More names than the text encoder reads with commas between them."""
+
+
+@pytest.mark.parametrize("maker", [NegativePrompt(), SafeLatentDiffusion()], ids=lambda maker: maker.name)
+@pytest.mark.parametrize("names", [NOUNS, LONG], ids=["commas", "spaces"])
+def test_the_text_encoder_reads_every_name(maker: Maker, names: tuple[str, ...], task: Task) -> None:
+    rows: list[list[int]] = []
+    encoder = task.pipe.text_encoder
+    handle = encoder.register_forward_pre_hook(lambda _module, args: rows.extend(args[0].tolist()))
+    maker(replace(task, target=prompts(names, "fit"))).draw(["a"], [0])
+    handle.remove()
+    (read,) = [row for row in rows if len(set(row)) > 4]
+    assert all(pipelines.contains(read, part) for part in pipelines.token_rows(task.pipe, "text_encoder", names, whole=True))
+
+
+def test_names_that_do_not_fit_are_refused(task: Task) -> None:
+    assert in_one_prompt(task.pipe, ["house", "boat"]) == "house, boat"
+    assert in_one_prompt(task.pipe, LONG) == " ".join(LONG)
+    with pytest.raises(ValueError, match="26 names are 26 tokens, the text encoder reads 22"):
+        in_one_prompt(task.pipe, [*LONG, *LONG])
 
 
 def test_safe_latent_diffusion_without_safety_guidance_is_the_pipeline(task: Task) -> None:
