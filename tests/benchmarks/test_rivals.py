@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -293,6 +294,27 @@ def test_safe_latent_diffusion_without_safety_guidance_is_the_pipeline(task: Tas
     bare = NoErasure()(task).draw(*asked)
     assert torch.allclose(off.draw(*asked), bare, atol=1e-3)
     assert not torch.allclose(on.draw(*asked), bare, atol=1e-3)
+
+
+def test_safe_latent_diffusion_guides_by_hand(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One channel each: prompt above the threshold, slightly below it, far below it, and prompt and safety concept alike.
+
+    mu (unsafe - plain) is 0, 0.5 x 1.25, 1 x 2 and 0. The second step, after the warm-up, adds 0.5 x 0.25 of that as momentum.
+    """
+    plain, asked, unsafe = [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.25, 2.0, 1.0]
+    said = torch.tensor([plain, asked, unsafe])[:, :, None, None].expand(-1, -1, 8, 8)
+    monkeypatch.setattr(task.pipe.unet, "forward", lambda *_args, **_kwargs: SimpleNamespace(sample=said))
+    guided, step = [], task.pipe.scheduler.step
+
+    def spy(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        guided.append(output[0, :, 0, 0].tolist())
+        return step(output, *args, **kwargs)
+
+    monkeypatch.setattr(task.pipe.scheduler, "step", spy)
+    settings = SafeLatentDiffusion(guidance=2.0, warmup=1, threshold=0.025, momentum=0.5, beta=0.75)
+    settings(replace(task, options={**OPTIONS, "num_inference_steps": 2})).draw(["a cat"], [0])
+    assert guided[0] == pytest.approx([2.0, 2.0, 2.0, 1.0]), "the pipeline's guidance of 2"
+    assert guided[1] == pytest.approx([2.0, 2 * (1 - 1.125 * 0.625), 2 * (1 - 1.125 * 2.0), 1.0])
 
 
 def test_the_projection_on_a_span_by_hand() -> None:
