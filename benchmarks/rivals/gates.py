@@ -103,25 +103,29 @@ class Probe:
     """Inverse of the L2 penalty."""
 
     def __call__(self, task: Task) -> Gate:
-        from sklearn.linear_model import LogisticRegression
-
         positive, negative = (mean_activations(task, part.of("fit")) for part in (task.target, task.others))
         centre, scale = negative.mean(0), negative.std(0).clamp_min(1e-6)
         labels = [prompt.concept for prompt in task.target.of("fit")]
         weights, biases = [], []
         for name in task.names:
             own = positive[torch.tensor([label == name for label in labels])]
-            x = (torch.cat([own, negative]) - centre) / scale
-            y = [1] * len(own) + [0] * len(negative)
-            fitted = LogisticRegression(C=self.C, class_weight="balanced", max_iter=1000).fit(x.numpy(), y)
-            weights.append(torch.from_numpy(fitted.coef_[0]).float())
-            biases.append(float(fitted.intercept_[0]))
+            w, b = self.fit((own - centre) / scale, (negative - centre) / scale)
+            weights.append(w)
+            biases.append(b)
 
         def score(prompts: Sequence[str]) -> Tensor:
             x = (mean_activations(task, PromptSet.from_texts(prompts)) - centre) / scale
             return x @ torch.stack(weights).T + torch.tensor(biases)
 
         return calibrated(self.name, score, task)
+
+    def fit(self, own: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " d"], float]:
+        """Return the weights and the bias that separate both; they count the same, however many there are."""
+        from sklearn.linear_model import LogisticRegression
+
+        y = [1] * len(own) + [0] * len(others)
+        fitted = LogisticRegression(C=self.C, class_weight="balanced", max_iter=1000).fit(torch.cat([own, others]).numpy(), y)
+        return torch.from_numpy(fitted.coef_[0]).float(), float(fitted.intercept_[0])
 
 
 @dataclass(frozen=True)

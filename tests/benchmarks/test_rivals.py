@@ -161,6 +161,18 @@ def test_the_probe_reads_the_mean_over_content_tokens(task: Task) -> None:
     assert found[1].abs().max() == 0
 
 
+def test_the_probe_separates_by_hand() -> None:
+    """The classes lie at 1 and -1 on the first axis, alike on the second.
+
+    The penalised loss w^2 / 2 + C n log(1 + exp(-w)) is least where w (1 + exp(w)) = C n; n counts both classes as large.
+    """
+    own, others = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[-1.0, 1.0], [-1.0, -1.0]])
+    for C, negatives, n in ((1.0, others, 4), (3.0, others, 4), (1.0, others.repeat(2, 1), 6)):
+        w, b = Probe(C).fit(own, negatives)
+        assert float(w[0]) * (1 + math.exp(float(w[0]))) == pytest.approx(C * n, rel=1e-2)
+        assert [float(w[1]), b] == pytest.approx([0, 0], abs=1e-3)
+
+
 @pytest.mark.parametrize("name", SCORES)
 def test_the_feature_gates_are_those_of_the_eraser(name: Any, task: Task) -> None:
     gate, eraser = Features(name)(task), make_eraser(task, name)
