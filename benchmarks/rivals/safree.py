@@ -94,8 +94,7 @@ class Filtered:
         original = pipelines.encoder_of(self.task.pipe, ENCODER)(tokens)[0]
         if not len(positions):
             return original, original, 0
-        inside = span_projection(without) @ self.away()
-        whole = original[0] @ inside
+        whole = filtered(original[0], without, self.concepts)
         projected = original.clone()
         projected[0, positions[flags]] = whole[positions[flags]]
         cosine = float(F.cosine_similarity(original[0].flatten(), whole.flatten(), dim=0))
@@ -104,9 +103,6 @@ class Filtered:
             projected,
             self.settings.n_steps(cosine, int(self.task.options.get("num_inference_steps", PAPER_STEPS))),
         )
-
-    def away(self) -> Float[Tensor, "d d"]:
-        return torch.eye(len(self.concepts)) - self.concepts
 
     @torch.no_grad()
     def triggers(self, prompt: str) -> tuple[Bool[Tensor, " n"], Float[Tensor, "n d"], Tensor]:
@@ -130,3 +126,11 @@ def trigger_tokens(without: Float[Tensor, "n d"], concepts: Float[Tensor, "d d"]
     if n < 2:
         return torch.zeros(n, dtype=torch.bool)
     return distances > (1 + alpha) * (distances.sum() - distances) / (n - 1)
+
+
+def filtered(
+    x: Float[Tensor, "tokens d"], without: Float[Tensor, "n d"], concepts: Float[Tensor, "d d"]
+) -> Float[Tensor, "tokens d"]:
+    """Return (I - P_C) P_I x: what lies in the span of the prompt's embeddings, without the concepts."""
+    inside = x @ span_projection(without)
+    return inside - inside @ concepts

@@ -172,11 +172,15 @@ class Projection:
         remove = span_projection(pooled(task.pipe, task.names) - centre)
 
         def call(prompts: list[str], generators: list[torch.Generator]) -> Tensor:
-            states = encode_texts(task.pipe, prompts).states
-            states = torch.cat([states[:, :1], states[:, 1:] - states[:, 1:] @ remove.to(states)], 1)
+            states = project_out(encode_texts(task.pipe, prompts).states, remove)
             return task.pipe(prompt_embeds=states, generator=generators, output_type="pt", **task.options).images
 
         return Drawing(self.name, call)
+
+
+def project_out(states: Float[Tensor, "batch tokens d"], remove: Float[Tensor, "d d"]) -> Float[Tensor, "batch tokens d"]:
+    """Return the states without what a projection finds in them; the begin token's, which every prompt has, stays."""
+    return torch.cat([states[:, :1], states[:, 1:] - states[:, 1:] @ remove.to(states)], 1)
 
 
 def span_projection(rows: Float[Tensor, "k d"]) -> Float[Tensor, "d d"]:

@@ -15,7 +15,7 @@ from benchmarks.rivals import gates
 from benchmarks.rivals.edits import EDITS, GateAndEdit, Gated, edited_states, naming_tokens
 from benchmarks.rivals.esd import ErasedDiffusion, cross_attention
 from benchmarks.rivals.gates import GATES, Cosine, Features, Gate, Probe, StringMatch, make_eraser, mean_activations
-from benchmarks.rivals.safree import Filtered, Safree, trigger_tokens
+from benchmarks.rivals.safree import Filtered, Safree, filtered, trigger_tokens
 from benchmarks.rivals.systems import (
     Itd,
     NegativePrompt,
@@ -23,6 +23,7 @@ from benchmarks.rivals.systems import (
     Projection,
     SafeLatentDiffusion,
     in_one_prompt,
+    project_out,
     span_projection,
 )
 from benchmarks.rivals.task import Maker, Task, copy_with
@@ -337,6 +338,28 @@ def test_the_projection_on_a_span_by_hand() -> None:
     assert torch.allclose(two @ two, two, atol=1e-6)
 
 
+def test_the_text_projection_by_hand() -> None:
+    """Of (1, 2, 5) lies 11 / 25 of (3, 4, 0) in its span; the begin token keeps it."""
+    x = torch.tensor([[[1.0, 2.0, 5.0]] * 2])
+    found = project_out(x, span_projection(torch.tensor([[3.0, 4.0, 0.0]])))
+    assert torch.allclose(found, torch.tensor([[[1.0, 2.0, 5.0], [1 - 33 / 25, 2 - 44 / 25, 5.0]]]), atol=1e-6)
+
+
+def test_the_text_projection_removes_what_tells_a_name_from_those_that_stay(task: Task) -> None:
+    house, *kept = encode_texts(task.pipe, ["house", *task.kept]).pooled
+    direction = house - torch.stack(kept).mean(0)
+    seen: list[torch.Tensor] = []
+    handle = task.pipe.unet.register_forward_pre_hook(
+        lambda _m, _args, kwargs: seen.append(kwargs["encoder_hidden_states"][-1, 1:]), with_kwargs=True
+    )
+    for maker in (NoErasure(), Projection()):
+        maker(task).draw(["a house"], [0])
+    handle.remove()
+    before, after = seen[0], seen[-1]
+    assert (before @ direction).abs().max() > 0.1
+    assert (after @ direction).abs().max() < 1e-3
+
+
 def test_safree_detects_the_token_that_holds_the_concept_by_hand() -> None:
     """The concept is the first axis. Without the third token nothing of it is left, and all the rest is."""
     concepts = torch.diag(torch.tensor([1.0, 0.0]))
@@ -344,6 +367,14 @@ def test_safree_detects_the_token_that_holds_the_concept_by_hand() -> None:
     assert trigger_tokens(without, concepts, 0.01).tolist() == [False, False, True]
     assert trigger_tokens(without, concepts, 1.5).tolist() == [False, False, False]
     assert trigger_tokens(without[:1], concepts, 0.01).tolist() == [False]
+
+
+def test_safree_projects_by_hand() -> None:
+    """Prompts span (1, 1, 0), the concept is the first axis. In the other order nothing of (2, 0, 5) would be left."""
+    x, prompt = torch.tensor([[2.0, 0.0, 5.0]]), torch.tensor([[1.0, 1.0, 0.0], [3.0, 3.0, 0.0]])
+    assert torch.allclose(
+        filtered(x, prompt, torch.diag(torch.tensor([1.0, 0.0, 0.0]))), torch.tensor([[0.0, 1.0, 0.0]]), atol=1e-6
+    )
 
 
 def test_safree_filters_for_as_many_steps_as_the_paper_says() -> None:
