@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ class RivalsConfig:
     """Training steps of ESD-x."""
     esd_lr: float = 1e-5
     """Learning rate of ESD-x."""
+    safree: Safree = field(default_factory=Safree)
+    """SAFREE."""
+    uce: UnifiedConceptEditing = field(default_factory=UnifiedConceptEditing)
+    """UCE."""
+    tune: bool = False
+    """Erase other identities, the last by how well they are drawn, in the sentences that gates are calibrated on: to choose
+    settings of the systems without a gate."""
     seed: int = 0
     """Of the choice of concepts, and of the pictures."""
     only: tuple[str, ...] = ()
@@ -62,18 +69,28 @@ class RivalsConfig:
         return replace(self, **{name: min(getattr(self, name), bound) for name, bound in most.items()})
 
 
+def settings_of(config: RivalsConfig) -> dict[str, Any]:
+    """Return what results depend on. What was added later counts where it is set only, so that earlier runs go on."""
+    given, unset = asdict(config), asdict(RivalsConfig())
+    left_out = {"out", "only", "quick", *(key for key in ("safree", "uce", "tune") if given[key] == unset[key])}
+    return {key: value for key, value in given.items() if key not in left_out}
+
+
 def makers_of(config: RivalsConfig) -> list[Maker]:
     """Return every rival, or those asked for; the pipeline without erasure always comes first.
+
+    What is calibrated has no place where settings are chosen on the sentences of calibration.
 
     Raises:
         ValueError: an unknown name.
     """
     systems: list[Any] = [
-        NegativePrompt(), SafeLatentDiffusion(), Safree(), Projection(), UnifiedConceptEditing(),
+        NegativePrompt(), SafeLatentDiffusion(), config.safree, Projection(), config.uce,
         ErasedDiffusion(n_steps=config.esd_steps, lr=config.esd_lr, seed=config.seed),
     ]  # fmt: skip
-    systems += [GateAndEdit(gate, edit) for gate in EDITED for edit in EDITS]
-    systems += [Itd("paper"), Itd(), Itd("strict")]
+    if not config.tune:
+        systems += [GateAndEdit(gate, edit) for gate in EDITED for edit in EDITS]
+        systems += [Itd("paper"), Itd(), Itd("strict")]
     unknown = set(config.only) - {maker.name for maker in systems}
     if unknown:
         raise ValueError(f"only must name systems of {', '.join(maker.name for maker in systems)}; got {sorted(unknown)[0]!r}")
@@ -81,17 +98,16 @@ def makers_of(config: RivalsConfig) -> list[Maker]:
 
 
 def cases_of(erased: Sequence[str], kept: Sequence[str], general: Sequence[str], config: RivalsConfig) -> list[Case]:
-    """Return the pictures to draw, in held-out sentences, each with its own seed."""
+    """Return the pictures to draw, each with its own seed: in held-out sentences, or in those of calibration to tune."""
     rng = random.Random(config.seed + 1)
-    test, seeds = TEMPLATES["test"], iter(range(config.seed + 90_000, config.seed + 10**6))
+    sentences, seeds = TEMPLATES["calibrate" if config.tune else "test"], iter(range(config.seed + 90_000, config.seed + 10**6))
     cases = []
     for kind, names in (("erased", erased), ("kept", kept)):
         for name in names:
-            cases += [
-                Case(kind, name, fill(t, name), next(seeds)) for t in rng.sample(test, min(config.n_templates, len(test)))
-            ]
+            chosen = rng.sample(sentences, min(config.n_templates, len(sentences)))
+            cases += [Case(kind, name, fill(template, name), next(seeds)) for template in chosen]
     for name in sample(rng, general, config.n_general):
-        cases.append(Case("general", name, fill(rng.choice(test), name), next(seeds)))
+        cases.append(Case("general", name, fill(rng.choice(sentences), name), next(seeds)))
     return cases
 
 
@@ -111,10 +127,11 @@ def probes_of(erased: Sequence[str], kept: Sequence[str], general: Sequence[str]
 def main(config: RivalsConfig) -> None:
     """Compare the rivals on the embedded world."""
     stated = config.stated
-    settings = {key: value for key, value in asdict(stated).items() if key not in ("out", "only", "quick")}
+    settings = settings_of(stated)
     world = World(config.out, "rivals", settings)
     rng = random.Random(stated.seed)
-    identities = world.best_drawn(world.of_role("identity"), 2 * stated.n_concepts)
+    names, n = world.of_role("identity"), 2 * stated.n_concepts
+    identities = world.best_drawn(names, len(names))[-n:] if stated.tune else world.best_drawn(names, n)
     rng.shuffle(identities)
     erased, kept = identities[: stated.n_concepts], identities[stated.n_concepts :]
     general = sample(rng, sorted(world.of_role("general")), max(stated.n_general, stated.n_probes // len(TEMPLATES["test"])))
@@ -135,7 +152,7 @@ def main(config: RivalsConfig) -> None:
         "systems": {m.name: repr(m) for m in makers},
     }
     ledger = Ledger(config.out / "systems", {key: value for key, value in record.items() if key not in ("seconds", "systems")})
-    report = run(task, makers, GATES, cases, probes, shown, ledger, record)
+    report = run(task, makers, () if stated.tune else GATES, cases, probes, shown, ledger, record)
     print(report.summary())
     print(f"page: {report.save(config.out)}")
 

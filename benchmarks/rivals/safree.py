@@ -40,7 +40,9 @@ class Safree:
     name: ClassVar[str] = "safree"
 
     alpha: float = 0.01
+    """How far a trigger's distance lies over the mean of the others; more takes fewer tokens for triggers."""
     gamma: float = 10.0
+    """Denoising steps, of 50, that the sigmoid is a share of."""
 
     def __call__(self, task: Task) -> Rival:
         return Filtered(self.name, task, self, span_projection(pooled(task.pipe, task.names)))

@@ -29,9 +29,13 @@ class UnifiedConceptEditing:
     name: ClassVar[str] = "uce"
 
     anchor: str = "something"
+    """What an erased name is to mean."""
     erase_scale: float = 1.0
+    """Weight s of the erased names."""
     preserve_scale: float = 1.0
+    """Weight of the kept names, 1 in the equation."""
     ridge: float = 0.1
+    """Weight l of the old weights."""
 
     def __call__(self, task: Task) -> Rival:
         unet = copy.deepcopy(task.pipe.unet)

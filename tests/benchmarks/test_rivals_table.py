@@ -13,9 +13,13 @@ import torch
 
 from benchmarks.rivals import __main__ as command
 from benchmarks.rivals.gates import EDITED, Gate
+from benchmarks.rivals.safree import Safree
+from benchmarks.rivals.systems import NoErasure
 from benchmarks.rivals.table import COLUMNS, Case, harmonic, measures_of, run, table_of, winner_of, winners_of
+from benchmarks.rivals.uce import UnifiedConceptEditing
 from itd.evaluation.ledger import Ledger
 from itd.metrics.intervals import Rate, rate, wilson
+from itd.prompts import fill
 from itd.templates import TEMPLATES
 
 CASES = [
@@ -191,6 +195,22 @@ def test_quick_is_a_stated_subsample() -> None:
     assert command.RivalsConfig(quick=True).stated.n_concepts == 4
     assert command.RivalsConfig(quick=True, n_concepts=2).stated.n_concepts == 2
     assert command.RivalsConfig().stated == command.RivalsConfig()
+
+
+def test_tuning_leaves_out_what_is_calibrated_and_has_sentences_of_its_own() -> None:
+    config = command.RivalsConfig(tune=True, uce=UnifiedConceptEditing(ridge=0.01), only=("uce", "safree"))
+    assert command.makers_of(config) == [NoErasure(), Safree(), UnifiedConceptEditing(ridge=0.01)]
+    with pytest.raises(ValueError, match="got 'itd'"):
+        command.makers_of(command.RivalsConfig(tune=True, only=("itd",)))
+    prompts = [case.prompt for case in command.cases_of(["house"], ["cat"], ["cup"], config)]
+    assert not any(fill(template, name) in prompts for template in TEMPLATES["test"] for name in ("house", "cat", "cup"))
+
+
+def test_settings_that_runs_did_not_have_from_the_start_count_where_they_are_set() -> None:
+    plain = command.settings_of(command.RivalsConfig(out=Path("elsewhere"), only=("uce",)))
+    assert set(plain) == {"n_concepts", "n_templates", "n_general", "n_probes", "fpr", "esd_steps", "esd_lr", "seed"}
+    changed = command.settings_of(command.RivalsConfig(safree=Safree(alpha=0.1), tune=True))
+    assert changed == {**plain, "safree": {"alpha": 0.1, "gamma": 10.0}, "tune": True}
 
 
 def test_cases_are_held_out_and_every_picture_has_its_own_seed() -> None:
