@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.rivals.gates import GateMaker
-from benchmarks.rivals.task import Maker, Task
+from benchmarks.rivals.task import Maker, Rival, Task
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Measures, Report, Section
 from itd.metrics.detection import harmonic_mean
@@ -22,6 +22,8 @@ from itd.metrics.intervals import NOTHING, Rate, drawn_sums, interval_of, rate, 
 
 UNCHANGED = 2 / 255
 """A picture is unchanged if no value differs by more than this: what rounding in another batch does not reach."""
+CHUNK = 80
+"""Pictures of a rival that are kept together; whole batches."""
 
 
 class Case(NamedTuple):
@@ -77,7 +79,8 @@ def run(
     gate_rows = {gate.name: ledger.cell(f"gate {gate.name}", lambda gate=gate: gate_cell(task, gate, probes)) for gate in gates}
     cells: dict[str, Any] = {}
     for maker in tqdm(list(makers), desc="rivals", unit="system"):
-        cells[maker.name] = ledger.cell(f"system {maker.name}", lambda maker=maker: system_cell(task, maker, cases, shown))
+        name = maker.name
+        cells[name] = ledger.cell(f"system {name}", lambda maker=maker: system_cell(task, maker, cases, shown, ledger))
     systems, alone = table_of(cells, cases, cells.get("none")), table_of(gate_rows, probes, None)
     return build_report(systems, alone, cases, probes, {**record, "cells": cells, "gates": gate_rows})
 
@@ -88,15 +91,27 @@ def gate_cell(task: Task, maker: GateMaker, probes: Sequence[Case]) -> dict[str,
     return {"fired": gate.fired([probe.prompt for probe in probes]), "setup_seconds": seconds, "threshold": gate.threshold}
 
 
-def system_cell(task: Task, maker: Maker, cases: Sequence[Case], shown: Shown) -> dict[str, Any]:
-    """Prepare a rival, draw every case and return what is seen, what the gate says, and what is unchanged."""
+def system_cell(task: Task, maker: Maker, cases: Sequence[Case], shown: Shown, ledger: Ledger) -> dict[str, Any]:
+    """Prepare a rival, draw every case and return what is seen, what the gate says, and what is unchanged.
+
+    Pictures are looked at in chunks, each a cell of its own: a rival that was stopped is prepared again and draws the rest.
+    """
     rival, seconds = task.timed(lambda: maker(task))
+    parts = []
+    for start in range(0, len(cases), CHUNK):
+        chunk = cases[start : start + CHUNK]
+        key = f"system {maker.name}, pictures {start} on"
+        parts.append(ledger.cell(key, lambda chunk=chunk: picture_cell(task, rival, chunk, shown)))
+    seen, same = ([*chain(*(part[name] for part in parts))] for name in ("seen", "same"))
+    return {"seen": seen, "fired": rival.fired([case.prompt for case in cases]), "same": same, "setup_seconds": seconds}
+
+
+def picture_cell(task: Task, rival: Rival, cases: Sequence[Case], shown: Shown) -> dict[str, Any]:
+    """Draw some cases; return what is seen and what is unchanged."""
     prompts, seeds = [case.prompt for case in cases], [case.seed for case in cases]
-    images = rival.draw(prompts, seeds)
-    before = torch.stack(task.draw_bare(prompts, seeds))
+    images, before = rival.draw(prompts, seeds), torch.stack(task.draw_bare(prompts, seeds))
     same = ((images - before).abs().flatten(1).amax(1) <= UNCHANGED).tolist()
-    seen = [sorted(nouns) for nouns in shown(images)]
-    return {"seen": seen, "fired": rival.fired(prompts), "same": same, "setup_seconds": seconds}
+    return {"seen": [sorted(nouns) for nouns in shown(images)], "same": same}
 
 
 # The numbers

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.rivals import __main__ as command
+from benchmarks.rivals import table
 from benchmarks.rivals.gates import EDITED, Gate
 from benchmarks.rivals.safree import Safree
 from benchmarks.rivals.systems import NoErasure
@@ -175,6 +176,33 @@ def test_the_table_is_made_resumed_and_saved(tmp_path: Path) -> None:
     assert content["record"]["n_pictures"] == {"erased": 2, "kept": 2, "general": 1}
     assert content["record"]["cases"][0]["seed"] == 1
     assert "tied with it" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_rival_that_was_stopped_draws_the_rest_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "CHUNK", 2)
+    asked: list[str] = []
+
+    class Stopped(Canned):
+        def draw(self, prompts: Any, seeds: Any) -> torch.Tensor:
+            if self.made == 1 and "a cup" in prompts:
+                raise KeyboardInterrupt
+            asked.extend(prompts)
+            return super().draw(prompts, seeds)
+
+    def seen(images: torch.Tensor) -> list[set[str]]:
+        return [{f"{float(image.mean()):.1f}"} for image in images]
+
+    def cells(rival: Canned, folder: str) -> Any:
+        task: Any = FakeTask()
+        report = run(task, [rival], [], CASES, [], seen, Ledger(tmp_path / folder, {}), {})
+        return report.record["cells"][rival.name]
+
+    rival = Stopped("good", "house", "cat")
+    with pytest.raises(KeyboardInterrupt):
+        cells(rival, "stopped")
+    assert cells(rival, "stopped") == cells(Canned("good", "house", "cat"), "at once")
+    assert asked == [case.prompt for case in CASES], "each once"
+    assert rival.made == 2
 
 
 # The command
