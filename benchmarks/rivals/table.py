@@ -232,7 +232,7 @@ def winners_of(
 
 
 def winner_of(column: Column, values: Mapping[str, Rate | float], draws: Mapping[str, Float[Tensor, " draws"]]) -> Winner:
-    """Return who has the best value of a column, and who cannot be told from any of them; numbers without draws never tie."""
+    """Return who has the best value of a column, and who cannot be told from each of these; without draws nobody."""
     pick = max if column.larger else min
     best = pick(value_of(value) for value in values.values())
     first = tuple(name for name, value in values.items() if value_of(value) == best)
