@@ -151,7 +151,7 @@ def main(config: RivalsConfig) -> None:
         "kept": kept,
         "systems": {m.name: repr(m) for m in makers},
     }
-    ledger = Ledger(config.out / "systems", {key: value for key, value in record.items() if key not in ("seconds", "systems")})
+    ledger = Ledger(config.out / "systems", {key: value for key, value in record.items() if key != "systems"})
     report = run(task, makers, () if stated.tune else GATES, cases, probes, shown, ledger, record)
     print(report.summary())
     print(f"page: {report.save(config.out)}")

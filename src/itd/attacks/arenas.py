@@ -18,6 +18,7 @@ from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import pipeline_record, weights_sha256
 from itd.evaluation.results import Report
 from itd.generation import pipeline_options
+from itd.inputs import switch_off_safety_checker
 from itd.prompts import PromptSet, fill
 from itd.synonyms import find_synonyms, synonym_words
 from itd.templates import TEMPLATES
@@ -170,7 +171,7 @@ def model_arena(
 
     model: Any = CLIPModel.from_pretrained(clip, local_files_only=True)
     processor: Any = CLIPProcessor.from_pretrained(clip, local_files_only=True)
-    checker = inputs.switch_off_safety_checker(pipe)
+    checker = switch_off_safety_checker(pipe)
     chosen = list(names) or list(eraser.names)
     criteria: dict[str, Criterion] = {name: ClipNames(model.eval(), processor, name, list(others)) for name in chosen}
     prompts = PromptSet.from_file(benign).sample(config.stated.n_benign, config.seed).texts
