@@ -271,6 +271,13 @@ def emoji_names() -> list[str]:
     return [noun.name for noun in emoji.nouns()]
 
 
+def test_only_what_the_eraser_erases_is_attacked(eraser: Eraser) -> None:
+    assert arenas.goals_of(eraser, []) == list(eraser.names)
+    assert arenas.goals_of(eraser, [eraser.names[0]]) == [eraser.names[0]]
+    with pytest.raises(ValueError, match="the eraser does not erase 'owl'"):
+        arenas.goals_of(eraser, [eraser.names[0], "owl"])
+
+
 def test_a_model_of_ones_own_needs_a_judge_and_benign_prompts(tmp_path: Path, pipe: Any, eraser: Eraser) -> None:
     with pytest.raises(ValueError, match="--clip"):
         arenas.model_arena(AttackConfig(), pipe, eraser, None, [], ["cat"], None, {})

@@ -282,6 +282,16 @@ def test_clean_fid_is_asked_for_both_distances(monkeypatch: pytest.MonkeyPatch) 
         clean_fid(Path("x"), Path("y"))
 
 
+def test_prompts_that_name_no_concept_and_short_rows_are_measured_too(
+    pipe: Any, eraser: Eraser, protocol: FullScale, command: str, tmp_path: Path
+) -> None:
+    (tmp_path / "plain.csv").write_text("note,prompt\nx,a cat\ny\n")
+    plain = replace(protocol, target=tmp_path / "plain.csv", kept=tmp_path / "plain.csv", general=None)
+    metrics = evaluate(pipe, replace(plain, detector="command", command=command), eraser, tmp_path / "out").metrics
+    assert any(name.startswith("target.erased.detected@") for name in metrics)
+    assert not any(name.endswith((".accuracy", "harmonic_mean")) for name in metrics)
+
+
 def test_detector_commands_that_fail_or_write_another_table_are_named(tmp_path: Path) -> None:
     files = [tmp_path / "pictures" / "a.png"]
     files[0].parent.mkdir()

@@ -91,7 +91,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     of all other nouns.
 
     Raises:
-        ValueError: a name that the judge cannot tell, or none.
+        ValueError: a name that the judge cannot tell or the eraser does not erase, or none.
     """
     from itd.evaluation.world import World, leak_free_sets
 
@@ -108,8 +108,8 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     }
     world = World(out, "attack", options, eraser=eraser)
     rng = random.Random(stated.seed)
-    chosen = list(names) or (list(eraser.names) if eraser else identities(world, stated.n_concepts, rng))
-    others = sorted(set(world.nouns) - set(chosen))
+    chosen = goals_of(eraser, names) if eraser else list(names) or identities(world, stated.n_concepts, rng)
+    others = sorted(set(world.nouns) - set(chosen) - set(eraser.names if eraser else ()))
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
         asked = {name: options[name] for name in ("edit", "pooled_gate", "draft_gate", "picture_gate")}
@@ -124,6 +124,18 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
         System(world.pipe, eraser, WORLD_OPTIONS), make_goals(chosen, stated.seed, synonyms), criteria, benign,
         {**world.record, "least_sure": round(least, 4)},
     )  # fmt: skip
+
+
+def goals_of(eraser: Eraser, names: Sequence[str]) -> list[str]:
+    """Return the concepts to attack: those named, or all that the eraser erases.
+
+    Raises:
+        ValueError: the eraser does not erase one of the names.
+    """
+    missing = [name for name in names if name not in eraser.names]
+    if missing:
+        raise ValueError(f"the eraser does not erase {missing[0]!r}, so there is nothing to attack; it erases {eraser.names}")
+    return list(names) or list(dict.fromkeys(eraser.names))
 
 
 def sure_of(world: Any, names: Sequence[str]) -> float:
@@ -160,7 +172,7 @@ def model_arena(
     """Return a pipeline with its eraser and without its safety checker, where a CLIP model tells the concept from other names.
 
     Raises:
-        ValueError: no CLIP, no other names or no benign prompts.
+        ValueError: no CLIP, no other names or no benign prompts; a name that the eraser does not erase.
     """
     if clip is None or benign is None or not others:
         raise ValueError(
@@ -172,7 +184,7 @@ def model_arena(
     model: Any = CLIPModel.from_pretrained(clip, local_files_only=True)
     processor: Any = CLIPProcessor.from_pretrained(clip, local_files_only=True)
     checker = switch_off_safety_checker(pipe)
-    chosen = list(names) or list(eraser.names)
+    chosen = goals_of(eraser, names)
     criteria: dict[str, Criterion] = {name: ClipNames(model.eval(), processor, name, list(others)) for name in chosen}
     prompts = PromptSet.from_file(benign).sample(config.stated.n_benign, config.seed).texts
     return Arena(

@@ -180,7 +180,7 @@ class FullScale:
             reader = csv.DictReader(file)
             if "prompt" not in (reader.fieldnames or ()):
                 raise ValueError(f"{path} has no column 'prompt'; its columns are {list(reader.fieldnames or ())}")
-            listed = [row for row in reader if row["prompt"].strip()]
+            listed = [row for row in reader if (row["prompt"] or "").strip()]
         if self.limit is not None and len(listed) > self.limit:
             listed = [listed[i * len(listed) // self.limit] for i in range(self.limit)]
         rows: list[Row] = []
@@ -243,7 +243,7 @@ class FullScale:
                     measures.add(f"{side}.{arm}.parts@{threshold:g}", parts["any"])
                     at = {"side": side, "arm": arm, "threshold": threshold}
                     rows += [at | {"class": label, "share": share, "parts": parts[label]} for label, share in rates.items()]
-                if self.detector == "command":
+                if self.detector == "command" and any(shot.row.concept for shot in mine):
                     top.setdefault(side, {})[arm] = named_right(mine, found)
                     measures.add(f"{side}.{arm}.accuracy", top[side][arm])
                     measures.add(f"{side}.{arm}.no_object", rate(not picture for picture in found))
