@@ -1,6 +1,7 @@
 """Build the embedded world that ships in models/emoji.
 
 Run:       python -m recipes.emoji_world            (all stages; resumable)
+           python -m recipes.emoji_world --renders  (the designs' pictures alone: what `itd evaluate general --renders` wants)
            python -m recipes.emoji_world --quick    (two steps a stage below runs/quick, nothing measured: does it run?)
 Needs:     npm for the sources, pip install 'itd[emoji]'
 Expected:  see models/emoji/README.md, which the recipe writes: accuracies, hardware and time
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from itd.emoji.build import WorldConfig, build_world, few_steps
+from itd.emoji.build import WorldConfig, build_world, fetch_world, few_steps
 from itd.emoji.stages import StageConfig
 from itd.emoji.unet import PoolConfig
 from itd.sae import SAEConfig
@@ -54,9 +55,12 @@ WORLD = WorldConfig(
 )
 
 
-def main(quick: bool = False) -> None:
-    """Build the embedded world."""
-    if quick:
+def main(quick: bool = False, renders: bool = False) -> None:
+    """Build the embedded world, or only render its designs."""
+    if renders:
+        fetch_world(WORLD)
+        logging.info("renders: %s", WORLD.work / "world")
+    elif quick:
         build_world(few_steps(WORLD, Path("runs/quick/work"), Path("runs/quick/model")), measured=False)
     else:
         build_world(WORLD)
