@@ -55,7 +55,7 @@ Training on 2 cores, fp32: {training}. Some parts were trained in several runs; 
 The U-Net is trained with the loss of a classifier of image latents beside the squared error, and in its last part also on points of
 trajectories that it samples itself, with guidance between 1.5 and 4.5. That classifier learned the labels that the judge learned, on
 renders; it is not the judge and is not shipped.
-Nouns that were not recognised or least often: {weakest}.
+Nouns that were not recognised in every picture, the least recognised first: {weakest}.
 
 ## Sources and licences
 

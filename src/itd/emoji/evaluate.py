@@ -136,7 +136,7 @@ def evaluate_world(config: WorldConfig, n_scenes: int = 200, n_designs: int = 24
         "steps": STEPS, "guidance_scale": GUIDANCE_SCALE,
         "n_nouns": len(world.nouns), "n_images": len(world.rgba),
         "training": {part.stem: json.loads(part.read_text()) for part in records if part.exists()},
-        "weakest": sorted(accuracy, key=lambda name: accuracy[name])[:30],
+        "weakest": sorted((name for name in accuracy if accuracy[name] < 1), key=lambda name: accuracy[name])[:30],
     }  # fmt: skip
     (config.out / "benchmark.json").write_text(json.dumps({"identities": benchmark, "accuracy": accuracy}, indent=1))
     (config.out / "metrics.json").write_text(json.dumps(numbers, indent=1))
