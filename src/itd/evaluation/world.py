@@ -159,7 +159,7 @@ class World:
         return json.loads((emoji.model_folder() / "benchmark.json").read_text())["accuracy"]
 
     def best_drawn(self, names: Iterable[str], n: int) -> list[str]:
-        """Return the n nouns that are recognised best in unerased pictures; ties by name.
+        """Return the n nouns that are recognised best in unerased pictures; ties, which nearly all are, by name.
 
         Raises:
             ValueError: there are fewer.
