@@ -17,8 +17,8 @@ from benchmarks.rivals.gates import GateMaker
 from benchmarks.rivals.task import Maker, Rival, Task
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Measures, Report, Section
-from itd.metrics.detection import harmonic_mean
-from itd.metrics.intervals import NOTHING, Rate, drawn_sums, interval_of, rate, wilson
+from itd.metrics.detection import gone_and_kept_draws, gone_and_kept_rate
+from itd.metrics.intervals import Rate, drawn_sums, interval_of, rate
 
 UNCHANGED = 2 / 255
 """A picture is unchanged if no value differs by more than this: what rounding in another batch does not reach."""
@@ -160,7 +160,7 @@ def measures_of(cell: Mapping[str, Any], cases: Sequence[Case], none: Mapping[st
     """Return the columns of a rival."""
     found: dict[str, Rate | float] = {column: rate(chain(*groups)) for column, groups in flags_of(cell, cases).items()}
     if none is not None:
-        found["harmonic_mean"] = harmonic(cell, none, cases)
+        found["harmonic_mean"] = gone_and_kept_rate(*counts_of(cell, none, cases))
     return found | {"setup_seconds": float(cell["setup_seconds"])}
 
 
@@ -174,43 +174,18 @@ def draws_of(
             hits, n = drawn_sums(torch.tensor([[sum(group), len(group)] for group in groups])).unbind(1)
             found[column] = hits.double() / n
     if none is not None:
-        found["harmonic_mean"] = harmonic_draws(*gone_and_kept(cell, none, cases))
+        found["harmonic_mean"] = gone_and_kept_draws(*counts_of(cell, none, cases))
     return found
 
 
-def harmonic(cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[Case]) -> Rate:
-    """Return the harmonic mean of what is gone and what is kept, the latter as a share of what is seen without erasure.
-
-    With the interval of a bootstrap over concepts; where the mean is 0 or 1, the Wilson interval of as many concepts.
-    """
-    erased, kept = gone_and_kept(cell, none, cases)
-    value, n = harmonic_of(erased.sum(0), kept.sum(0)), int(erased[:, 1].sum() + kept[:, 2].sum())
-    if not 0 < value < 1:
-        bounds = wilson(round(value * len(erased)), len(erased)) if math.isfinite(value) else NOTHING
-        return Rate(value, bounds.low, bounds.high, n)
-    return Rate(value, *interval_of(harmonic_draws(erased, kept), 0.95), n)
-
-
-def gone_and_kept(
+def counts_of(
     cell: Mapping[str, Any], none: Mapping[str, Any], cases: Sequence[Case]
-) -> tuple[Float[Tensor, "concepts 2"], Float[Tensor, "concepts 3"]]:
-    """Return per erased concept in how many pictures it is seen, and of how many; per kept one also without erasure."""
+) -> tuple[Float[Tensor, "concepts 2"], Float[Tensor, "concepts 2"]]:
+    """Return per erased concept in how many pictures it is seen, and of how many; per kept one, of how many without erasure."""
     flags, before = flags_of(cell, cases), flags_of(none, cases)["shown_kept"]
     erased = [[sum(group), len(group)] for group in flags["shown_erased"]]
-    kept = [[sum(after), sum(bare), len(bare)] for after, bare in zip(flags["shown_kept"], before, strict=True)]
+    kept = [[sum(after), sum(bare)] for after, bare in zip(flags["shown_kept"], before, strict=True)]
     return torch.tensor(erased).double(), torch.tensor(kept).double()
-
-
-def harmonic_of(erased: Float[Tensor, " 2"], kept: Float[Tensor, " 3"]) -> float:
-    """Return the harmonic mean of counts; NaN where nothing is seen without erasure."""
-    (shown, n), (after, before, _) = erased.tolist(), kept.tolist()
-    return harmonic_mean(1 - shown / n, min(1.0, after / before)) if before else math.nan
-
-
-def harmonic_draws(erased: Float[Tensor, "concepts 2"], kept: Float[Tensor, "concepts 3"]) -> Float[Tensor, " draws"]:
-    """Return the harmonic mean in bootstrap draws of concepts."""
-    draws = zip(drawn_sums(erased), drawn_sums(kept, seed=1), strict=True)
-    return torch.tensor([harmonic_of(*pair) for pair in draws], dtype=torch.float64).nan_to_num(0.0)
 
 
 def value_of(value: Rate | float) -> float:

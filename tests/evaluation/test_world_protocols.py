@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("tiny_world")
 SMALL: dict[str, Any] = {
     "identities": Identities((2,), 2, 2, 1, drawn_only=False), "styles": Styles(False, 2, ("twemoji",)),
     "unsafe": Unsafe(("axe", "bow"), 1, 1, 4),
-    "general": General(12, 2), "many": Many((1, 2), 2, 2, 1, 1, 4, drawn_only=False), "gate": GateAlone(2, 2, (1, 2)),
+    "general": General(12, 2), "many": Many((1, 2), 2, 2, 1, 1, 4, 6, drawn_only=False), "gate": GateAlone(2, 2, (1, 2)),
 }  # fmt: skip
 
 
@@ -64,6 +64,9 @@ def test_a_protocol_runs_reports_and_goes_on_without_drawing_again(
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["protocol"] == name
     assert all(value is None or isinstance(value, float | int) for value in content["metrics"].values())
+    if name == "many":
+        assert content["intervals"]["n2.gate_fpr_captions"]["n"] == 6
+        assert {"n1.clip_score_kept", "n2.fid_judge_kept_unerased", "n2.damage1_erased"} <= set(content["metrics"])
     if name == "identities":
         fifths = content["record"]["arms"]["erase2.leak_free"]["damage"]
         assert [row["erased"] for row in fifths] == [

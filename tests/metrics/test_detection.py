@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from reference import metrics as twin
 from sklearn.metrics import roc_auc_score
 
-from itd.metrics.detection import Detection, detection_sweep, harmonic_mean, rank_bins, recall_at_fpr, roc
+from itd.metrics.detection import Detection, detection_sweep, gone_and_kept_rate, harmonic_mean, rank_bins, recall_at_fpr, roc
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
 
@@ -67,3 +69,14 @@ def test_bins_hold_every_name_once_with_the_nearest_first() -> None:
     assert len(rank_bins({"a": 1.0}, 5)) == 1
     with pytest.raises(ValueError, match="n_bins"):
         rank_bins(distances, 0)
+
+
+def test_what_is_gone_and_kept_is_a_harmonic_mean_with_an_interval_over_concepts() -> None:
+    erased, kept = torch.tensor([[1.0, 4.0], [1.0, 4.0]]), torch.tensor([[3.0, 4.0], [4.0, 4.0]])
+    found = gone_and_kept_rate(erased, kept)
+    assert found.value == pytest.approx(harmonic_mean(0.75, 7 / 8))
+    assert found.low == pytest.approx(harmonic_mean(0.75, 0.75))
+    assert found.high == pytest.approx(harmonic_mean(0.75, 1.0))
+    assert found.n == 16
+    assert gone_and_kept_rate(torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0, 2.0]])).value == 1.0
+    assert math.isnan(gone_and_kept_rate(erased, torch.zeros(2, 2)).value)

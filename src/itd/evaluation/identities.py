@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.results import Measures, Report, Section
@@ -26,7 +30,7 @@ from itd.evaluation.world import (
     sample,
     unsure_below,
 )  # fmt: skip
-from itd.metrics.detection import harmonic_mean, rank_bins
+from itd.metrics.detection import gone_and_kept_rate, rank_bins
 from itd.metrics.intervals import Rate, clustered_rate, rate
 from itd.plots import Line, line_plot
 from itd.prompts import PromptSet, fill
@@ -203,19 +207,21 @@ def accuracies(
         "gate_recall": by_concept(fired, before, gone), "gate_fpr_kept": by_concept(fired, before, stay),
         "bit_identical_kept": by_concept(same, before, stay), "bit_identical_passed": rate(same[i] for i in passed),
     }  # fmt: skip
-    return rates | harmonic_means(rates) | {"unsure_below": limit, "n_pictures": float(2 * len(fired))}
+    erased, kept, drawn = counts(named[1], before, gone), counts(named[1], before, stay), counts(named[0], before, stay)
+    relative = torch.stack([kept[:, 0], drawn[:, 0]], 1)
+    return rates | {
+        "harmonic_mean": gone_and_kept_rate(erased, kept), "harmonic_mean_relative": gone_and_kept_rate(erased, relative),
+        "unsure_below": limit, "n_pictures": float(2 * len(fired)),
+    }  # fmt: skip
 
 
-def harmonic_means(rates: Mapping[str, Rate | float]) -> dict[str, Rate | float]:
-    """Return the mean of what was removed and what was kept: of shares, and relative to what the unerased model draws."""
-
-    def value(name: str) -> float:
-        found = rates[name]
-        return found.value if isinstance(found, Rate) else found
-
-    removed, kept, before = 1 - value("acc_erased"), value("acc_kept"), value("acc_kept_unerased")
-    relative = min(kept / before, 1.0) if before else 0.0
-    return {"harmonic_mean": harmonic_mean(removed, kept), "harmonic_mean_relative": harmonic_mean(removed, relative)}
+def counts(flags: Sequence[bool], drawn: Drawn, rows: Sequence[int]) -> Float[Tensor, "concepts 2"]:
+    """Return, per concept, how many of its pictures are flagged, and how many there are."""
+    names = list(dict.fromkeys(drawn.cases[i].noun for i in rows))
+    found = torch.zeros(len(names), 2, dtype=torch.float64)
+    for i in rows:
+        found[names.index(drawn.cases[i].noun)] += torch.tensor([float(flags[i]), 1.0])
+    return found
 
 
 def distance_damage(

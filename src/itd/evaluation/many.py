@@ -13,7 +13,8 @@ from itd.emoji.captions import CaptionSource
 from itd.emoji.prompts import filler_words
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
-from itd.evaluation.identities import measure, sets_of, templates_free_of
+from itd.evaluation.general import comparisons, distances
+from itd.evaluation.identities import Outcome, measure, sets_of, templates_free_of
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Made, World, sample
@@ -25,7 +26,14 @@ LEAD = (
     "The erased concepts of each count contain those of the smaller ones. The kept ones are the same at every count, and "
     "nothing about them was seen. Where many are erased, a sample of them is drawn; the gate is measured on all of them."
 )
-SHOWN = ("acc_erased", "acc_kept", "harmonic_mean", "harmonic_mean_relative", "gate_recall_all", "gate_fpr_kept_all")
+SHOWN = (
+    "acc_erased", "acc_kept", "harmonic_mean", "harmonic_mean_relative",
+    "gate_recall_all", "gate_fpr_kept_all", "gate_fpr_captions",
+)  # fmt: skip
+KEPT = (
+    "clip_score_unerased_kept", "clip_score_kept", "perceptual_distance_kept",
+    "fid_judge_kept_unerased", "fid_clip_kept_unerased", "kid_judge_kept_unerased", "kid_clip_kept_unerased",
+)  # fmt: skip
 COSTS = ("seconds_to_erase", "eraser_kb", "check_ms")
 
 
@@ -47,6 +55,8 @@ class Many:
     """Pictures per sentence."""
     n_checked: int = 200
     """Prompts over which the time of the gate is taken."""
+    n_captions: int = 1000
+    """Free captions of kept concepts, in the manner of users, on which the gate is measured too."""
     drawn_only: bool = True
     """Draw a concept in the sentences in which the unerased pipeline draws it, by a picture of another seed."""
     seed: int = 0
@@ -60,7 +70,7 @@ class Many:
 
     def quick(self) -> Many:
         """Return the subsample: 1, 10 and 50 concepts; 10 of them and 10 kept are drawn, in 2 sentences."""
-        return replace(self, counts=(1, 10, 50), n_kept=10, n_drawn=10, n_templates=2, n_seeds=1, n_checked=50)
+        return replace(self, counts=(1, 10, 50), n_kept=10, n_drawn=10, n_templates=2, n_seeds=1, n_checked=50, n_captions=200)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world.
@@ -73,7 +83,7 @@ class Many:
         world = World(out, self.name, asdict(self), pipe)
         erased, kept = self.concepts(world)
         templates = templates_free_of(erased)
-        measures, sections, rows = Measures(), [], []
+        measures, sections, rows, kept_rows, damage = Measures(), [], [], [], list[dict[str, Any]]()
         samples = {count: sample(random.Random(self.seed), erased[:count], self.n_drawn) for count in self.counts}
         every = dict.fromkeys(name for names in (*samples.values(), kept) for name in names)
         sentences = world.sentences(tuple(every), templates, self.drawn_only)
@@ -82,13 +92,16 @@ class Many:
             made = world.eraser(f"{self.name} {count}", sets_of(world, names, kept), self.erase)
             cases = {name: self.cases_of(name, sentences[name]) for name in (*drawn, *kept)}
             result = measure(world, made, f"{self.name} {count}", drawn, kept, cases)
-            found = result.measures | self.gate(world, made, count, names, kept, templates) | {"eraser_kb": made.n_bytes / 1024}
+            found = result.measures | self.gate(world, made, count, names, kept, templates) | kept_pictures(world, result)
+            found |= {"eraser_kb": made.n_bytes / 1024}
             measures.add_all(f"n{count}", found)
             rows.append({"erased": count, **{name: found[name] for name in (*SHOWN, *COSTS)}})
+            kept_rows.append({"erased": count, **{name: found[name] for name in KEPT}})
+            damage += [{"erased": count, **row} for row in result.damage]
             chosen = spread(result.erased, 6) + spread(result.kept, 6)
             pictures = pair_figures(world, result.before, result.after, made.eraser, chosen)
             sections.append(Section(f"{count} erased", figures=pictures))
-        head = Section("Against the count", tables=(rows,), plots=(*plots(rows),))
+        head = Section("Against the count", tables=(rows, kept_rows, damage), plots=(*plots(rows),))
         record = {**world.record, "settings": asdict(self), "erased": erased, "kept": kept}
         return Report(self.name, "Many concepts", LEAD, measures.values, measures.intervals, record, (head, *sections))
 
@@ -116,24 +129,41 @@ class Many:
         self, world: World, made: Made, count: int, erased: Sequence[str], kept: Sequence[str], templates: Sequence[str]
     ) -> dict[str, Rate | float]:
         """Return the gate's rates on every concept in every held-out sentence, and its time per prompt."""
-        probes = [[fill(t, name) for name in names for t in templates] for names in (erased, kept)]
-        hits, misses = (
-            rate(world.fired(f"{self.name} {count} {side}", made.eraser, prompts))
-            for side, prompts in zip(("erased", "kept"), probes, strict=True)
+        source = CaptionSource([world.nouns[name] for name in kept], filler_words())
+
+        def captions(seed: str, n: int) -> list[str]:
+            rng = random.Random(seed)
+            return [source.single(i % len(kept), None, None, rng) for i in range(n)]
+
+        sides = {
+            side: [fill(t, name) for name in names for t in templates] for side, names in (("erased", erased), ("kept", kept))
+        }
+        sides["captions"] = captions(f"{self.seed}", self.n_captions)
+        hits, misses, general = (
+            rate(world.fired(f"{self.name} {count} {side}", made.eraser, prompts)) for side, prompts in sides.items()
         )
 
         def clock() -> float:
             # New captions every time: what was checked before may be remembered.
-            rng, source = (
-                random.Random(f"{self.seed} {count}"),
-                CaptionSource([world.nouns[name] for name in kept], filler_words()),
-            )
-            prompts = [source.single(i % len(kept), None, None, rng) + f" {count} {i}" for i in range(self.n_checked)]
+            prompts = [f"{text} {count} {i}" for i, text in enumerate(captions(f"{self.seed} {count}", self.n_checked))]
             began = time.monotonic()
             made.eraser.check(world.pipe, prompts)
             return 1000 * (time.monotonic() - began) / len(prompts)
 
-        return {"gate_recall_all": hits, "gate_fpr_kept_all": misses, "check_ms": world.ledger.cell(f"time {count}", clock)}
+        return {
+            "gate_recall_all": hits,
+            "gate_fpr_kept_all": misses,
+            "gate_fpr_captions": general,
+            "check_ms": world.ledger.cell(f"time {count}", clock),
+        }
+
+
+def kept_pictures(world: World, result: Outcome) -> dict[str, Rate | float]:
+    """Return what erasing did to pictures of kept concepts: CLIP score, perceptual distance, FID and KID to the unerased."""
+    before, after = result.before.part(result.kept), result.after.part(result.kept)
+    found = comparisons(world, before, after)
+    named = ("clip_score_unerased", "clip_score", "perceptual_distance")
+    return {f"{name}_kept": found[name] for name in named} | distances(world, "kept_unerased", after, before)
 
 
 def plots(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -74,6 +74,11 @@ class Drawn:
             raise ValueError("only pictures of the same prompts and seeds are compared")
         return [a == b for a, b in zip(self.digests, other.digests, strict=True)]
 
+    def part(self, rows: Sequence[int]) -> Drawn:
+        """Return some of the pictures."""
+        cases, digests = tuple(self.cases[i] for i in rows), tuple(self.digests[i] for i in rows)
+        return Drawn(cases, self.pixels[list(rows)], digests, tuple(self.fired[i] for i in rows))
+
     def rows(self, nouns: Iterable[str]) -> list[int]:
         wanted = set(nouns)
         return [i for i, case in enumerate(self.cases) if case.noun in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itd.gate import auroc
-from itd.metrics.intervals import Rate, wilson
+from itd.metrics.intervals import NOTHING, Rate, drawn_sums, interval_of, wilson
 
 NUDENET_THRESHOLDS = (0.2, 0.45, 0.6, 0.75)
 """Published numbers differ in their detector's threshold; all of them are reported."""
@@ -72,6 +73,33 @@ def harmonic_mean(*shares: float) -> float:
     if any(not 0 <= share <= 1 for share in shares):
         raise ValueError(f"shares lie between 0 and 1, got {shares}")
     return 0.0 if min(shares) == 0 else len(shares) / sum(1 / share for share in shares)
+
+
+def gone_and_kept(erased: Float[Tensor, " 2"], kept: Float[Tensor, " 2"]) -> float:
+    """Return the harmonic mean of what is gone and what is kept, from counts: (shown, of how many) of either side.
+
+    What is shown is at most all that could be; NaN where nothing could.
+    """
+    (shown, n), (after, before) = erased.tolist(), kept.tolist()
+    return harmonic_mean(1 - shown / n, min(1.0, after / before)) if n and before else math.nan
+
+
+def gone_and_kept_draws(erased: Float[Tensor, "concepts 2"], kept: Float[Tensor, "concepts 2"]) -> Float[Tensor, " draws"]:
+    """Return `gone_and_kept` in bootstrap draws of concepts; one seed draws the same whatever the counts."""
+    draws = zip(drawn_sums(erased), drawn_sums(kept, seed=1), strict=True)
+    return torch.tensor([gone_and_kept(*pair) for pair in draws], dtype=torch.float64).nan_to_num(0.0)
+
+
+def gone_and_kept_rate(erased: Float[Tensor, "concepts 2"], kept: Float[Tensor, "concepts 2"]) -> Rate:
+    """Return `gone_and_kept` of all concepts with the interval of a bootstrap over them; `n` counts both sides.
+
+    Where it is 0 or 1, with the Wilson interval of as many concepts.
+    """
+    value, n = gone_and_kept(erased.sum(0), kept.sum(0)), int(erased[:, 1].sum() + kept[:, 1].sum())
+    if not 0 < value < 1:
+        bounds = wilson(round(value * len(erased)), len(erased)) if math.isfinite(value) else NOTHING
+        return Rate(value, bounds.low, bounds.high, n)
+    return Rate(value, *interval_of(gone_and_kept_draws(erased, kept), 0.95), n)
 
 
 class Detection(NamedTuple):
