@@ -18,7 +18,7 @@ from itd.erasing import EraseConfig
 from itd.evaluation.identities import choose, templates_free_of
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
-from itd.evaluation.world import Case, Drawn, Made, World, leak_free_sets, require_no_leak
+from itd.evaluation.world import DETECTOR, Case, Drawn, Made, World, leak_free_sets, require_no_leak
 from itd.metrics.distribution import frechet_distance, kernel_distance_interval
 from itd.metrics.intervals import Rate, mean_rate, rate
 from itd.prompts import PromptSet, fill
@@ -78,7 +78,7 @@ class General:
         passed = [i for i, flag in enumerate(after.fired) if not flag]
         other = Section("Passed", figures=pair_figures(world, before, after, made.eraser, spread(passed, 12)))
         record = {
-            **world.record, "settings": asdict(self), "erased": list(erased), "held_out": held_out,
+            **world.record, **DETECTOR, "settings": asdict(self), "erased": list(erased), "held_out": held_out,
             "features": {"judge": "256, last hidden layer", "clip": "image embedding of the world's own CLIP"},
             "fired": [cases[i].prompt for i in fired],
             "real": "not measured: no renders" if real is None else str(self.renders),

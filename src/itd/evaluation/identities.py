@@ -17,6 +17,7 @@ from itd.erasing import EraseConfig
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import (
+    DETECTOR,
     LEAKS,
     Case,
     Drawn,
@@ -91,7 +92,7 @@ class Identities:
                 measures.add_all(f"erase{size}.{leak}", result.measures)
                 sections.append(section(world, f"{size} erased, {leak.replace('_', '-')}", result, made.eraser))
                 arms[f"erase{size}.{leak}"] = {"erased": erased, "kept": kept, "damage": result.damage_record}
-        record = {**world.record, "settings": asdict(self), "arms": arms}
+        record = {**world.record, **DETECTOR, "settings": asdict(self), "arms": arms}
         return Report(self.name, "Identities", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
     def cases_of(self, name: str, n_seeds: int, templates: Sequence[str]) -> list[Case]:

@@ -17,7 +17,7 @@ from itd.evaluation.general import comparisons, distances
 from itd.evaluation.identities import Outcome, measure, sets_of, templates_free_of
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
-from itd.evaluation.world import Case, Made, World, sample
+from itd.evaluation.world import DETECTOR, Case, Made, World, sample
 from itd.metrics.intervals import Rate, rate
 from itd.plots import Line, line_plot
 from itd.prompts import fill
@@ -102,7 +102,7 @@ class Many:
             pictures = pair_figures(world, result.before, result.after, made.eraser, chosen)
             sections.append(Section(f"{count} erased", figures=pictures))
         head = Section("Against the count", tables=(rows, kept_rows, damage), plots=(*plots(rows),))
-        record = {**world.record, "settings": asdict(self), "erased": erased, "kept": kept}
+        record = {**world.record, **DETECTOR, "settings": asdict(self), "erased": erased, "kept": kept}
         return Report(self.name, "Many concepts", LEAD, measures.values, measures.intervals, record, (head, *sections))
 
     def concepts(self, world: World) -> tuple[list[str], list[str]]:

@@ -16,7 +16,7 @@ from itd.eraser import Eraser
 from itd.erasing import PRESETS, EraseConfig
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
-from itd.evaluation.world import Case, Drawn, Leak, Made, Sets, Sight, World, deal, leak_free_sets, sample
+from itd.evaluation.world import DETECTOR, Case, Drawn, Leak, Made, Sets, Sight, World, deal, leak_free_sets, sample
 from itd.metrics.intervals import NOTHING, Rate, mean_rate, rate
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, check_leaks
@@ -81,7 +81,7 @@ class Styles:
                 sections.append(Section(key, "", (), (), pair_figures(world, before, after, made.eraser, chosen)))
         measures.add_all("mean", averages(rows))
         head = Section("Designs", "", (turned(rows),), (pictures_plot(rows),))
-        record = {**world.record, "settings": asdict(self), "test_nouns": names, "n_pictures": len(cases)}
+        record = {**world.record, **DETECTOR, "settings": asdict(self), "test_nouns": names, "n_pictures": len(cases)}
         return Report(self.name, "Styles", LEAD, measures.values, measures.intervals, record, (head, *sections))
 
     def subjects(self, eraser: Eraser | None) -> list[tuple[str, ...]]:

@@ -45,6 +45,14 @@ UNSURE_QUANTILE = 0.05
 """A picture shows no object where the judge is less sure than in this share of the unerased pictures that it names right."""
 
 
+DETECTOR = {
+    "detector": "the judge of the embedded world, trained on renders",
+    "classes": "its nouns and designs",
+    "threshold": "what it names most likely in the picture, a noun also in a half of it (`shown`)",
+}
+"""What decides what a picture shows, for the records of protocols."""
+
+
 class Case(NamedTuple):
     """One picture to draw: prompt, seed, and what should be seen."""
 
