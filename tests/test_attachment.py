@@ -584,6 +584,14 @@ def test_images_of_an_xl_pipeline_are_gated(xl_pipe: Any, tokenizer: Any) -> Non
     assert same(draw(xl_pipe, HOUSE), draw(build_xl_pipeline(tokenizer), HOUSE))
 
 
+def test_an_xl_pipeline_may_give_its_second_encoder_other_prompts(xl_pipe: Any) -> None:
+    seconds = {"prompt_2": [CAT, BOAT], "negative_prompt": [BOAT, ""], "negative_prompt_2": ["", CAT]}
+    eraser = xl_eraser(xl_pipe, HookPoint("text_encoder", "encoder.layers.1"))
+    with eraser.attach(xl_pipe, ungated=["text_encoder_2"]) as attached:
+        draw(xl_pipe, [HOUSE, CAT], **seconds)
+        assert [decision.fired for decision in attached.decisions] == [True, False]
+
+
 def test_embeddings_of_an_xl_pipeline_are_checked(xl_pipe: Any) -> None:
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     eraser = xl_eraser(xl_pipe, HookPoint("text_encoder", "encoder.layers.1"))

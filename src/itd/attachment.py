@@ -435,8 +435,10 @@ class Enforcer:
     def encode_instead(self, prompt: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what `encode_prompt` says of another prompt, alone, when it is called with the same arguments otherwise."""
         bound = self.signature.bind(*args, **kwargs)
+        for name in list(bound.arguments):
+            if name.startswith(("prompt_", "negative_")):  # of a second encoder, or of negative prompts: as many as the prompts
+                bound.arguments.pop(name)
         bound.arguments |= {"prompt": prompt, "num_images_per_prompt": 1}
-        bound.arguments.pop("negative_prompt", None)
         with self.substitution():
             return self.encode_prompt(*bound.args, **bound.kwargs)
 
