@@ -202,6 +202,16 @@ def test_a_folder_without_a_recording_is_an_error(tmp_path: Path) -> None:
         ActivationStore.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not valid JSON"), ("[]", "is not a JSON object"), ('{"kind": "sae"}', "describes a 'sae', not 'activations'")],
+)
+def test_a_folder_of_something_else_is_an_error_that_names_the_file(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json {message}"):
+        ActivationStore.load(tmp_path)
+
+
 def test_a_truncated_shard_is_an_error_that_names_it(pipe: Any, site: HookPoint, tmp_path: Path) -> None:
     record(pipe, site, prompts_of("cat"), tmp_path)
     shard = tmp_path / "activations-00000000.safetensors"

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from itd import artifacts
-from itd.artifacts import STAMP, artifact_sha256, map_tensors, read_config, read_tensors, save_artifact, write_folder
+from itd.artifacts import (
+    STAMP,
+    artifact_sha256,
+    map_tensors,
+    read_config,
+    read_tensors,
+    read_text,
+    save_artifact,
+    write_folder,
+)
 
 TENSORS = {"part": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}}
 
@@ -169,7 +178,7 @@ def test_an_altered_config_is_an_error_that_names_the_file(tmp_path: Path, chang
     ("text", "message"),
     [
         (b'{"kind": "thi', "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b'{\n"kind": "\xff"}', "not UTF-8 in line 2"),
         (b"[]", "not a JSON object"),
         (b"3", "not a JSON object"),
     ],
@@ -179,6 +188,15 @@ def test_a_config_that_is_no_object_is_an_error_that_names_the_file(tmp_path: Pa
     (tmp_path / "thing" / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match=rf"thing/config\.json is {message}.*save the thing again"):
         read(tmp_path / "thing")
+
+
+def test_text_is_read_without_a_byte_order_mark_and_must_be_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("un bébé\r\n".encode("utf-8-sig"))
+    assert read_text(path) == "un bébé\r\n"
+    path.write_bytes(b"a cat\na dog\n" + "un bébé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"text\.txt is not UTF-8 in line 3 \(.*\); save it as UTF-8"):
+        read_text(path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])

@@ -373,8 +373,10 @@ def test_a_recall_replaces_the_false_positive_rate(made: Path) -> None:
         ({"command": "erase", "arguments": {"strenght": 1}}, "has no argument 'strenght'"),
         ({"command": "erase", "arguments": {"n_features": "many"}}, "n_features is 'many'"),
         ({"command": "erase", "arguments": {"target": "cat"}}, "target is 'cat'"),
-        ({"kind": "eraser"}, "needs the keys"),
-        ([], "needs the keys"),
+        ({"command": "erase", "arguments": 5}, "needs 'command' and an object 'arguments'"),
+        ({"command": "erase", "arguments": ["out"]}, "needs 'command' and an object 'arguments'"),
+        ({"kind": "eraser"}, "needs 'command' and an object 'arguments'"),
+        ([], "command.json is not a JSON object; name a file of arguments"),
     ],
 )
 def test_a_file_of_arguments_is_read_strictly(
@@ -382,6 +384,20 @@ def test_a_file_of_arguments_is_read_strictly(
 ) -> None:
     (tmp_path / "command.json").write_text(json.dumps(content))
     assert message in failing(capsys, "erase", "--config", str(tmp_path / "command.json"), "--out", str(tmp_path / "out"))
+
+
+def test_files_that_are_no_json_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "config.json", str(tmp_path)
+    for content, message in ((b"{", "is not valid JSON"), (b"\xff", "is not UTF-8 in line 1"), (b"[]", "is not a JSON object")):
+        path.write_bytes(content)
+        for argv in (
+            ("erase", "--config", str(path), "--out", out),
+            ("erase", "--target", "cat", "--out", out),
+            ("train", "--activations", out, "--out", out),
+            ("info", out),
+        ):
+            assert f"{path} {message}" in failing(capsys, *argv)
+        assert path.read_bytes() == content
 
 
 def test_a_file_of_arguments_may_leave_out_what_has_a_default(tmp_path: Path) -> None:
@@ -540,6 +556,20 @@ def test_info_describes_what_it_is_shown(made: Path, model: str, capsys: pytest.
     assert main(["info", model]) == 0
     assert "StableDiffusionPipeline" in capsys.readouterr().out
     assert "none of these" in failing(capsys, "info", str(made))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"kind": "eraser", "concepts": 5, "itd_version": "0"},
+        {"kind": "sae", "itd_version": "0"},
+        {"kind": []},
+        {"command": "train", "arguments": 5, "itd_version": "0"},
+    ],
+)
+def test_info_on_what_is_malformed_is_an_error(content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert f"{tmp_path} is malformed" in failing(capsys, "info", str(tmp_path))
 
 
 def test_info_lists_hook_points_that_resolve(model: str, pipe: Any, xl_pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:

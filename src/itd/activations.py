@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from itd import pipelines
-from itd.artifacts import CONFIG, itd_version
+from itd.artifacts import CONFIG, itd_version, read_object
 from itd.hooks import HookPoint
 from itd.prompts import PromptSet
 
@@ -165,12 +165,15 @@ class ActivationStore:
 
         Raises:
             FileNotFoundError: nothing was recorded there.
-            ValueError: the recording was interrupted; run `record` again with the same arguments to finish it.
+            ValueError: it is something else; or the recording was interrupted, then run `record` again with the same
+                arguments to finish it.
         """
         path = Path(folder) / CONFIG
         if not path.is_file():
             raise FileNotFoundError(f"no recorded activations at {folder}")
-        config = json.loads(path.read_text())
+        config = read_object(path, "record again into another folder")
+        if config.get("kind") != "activations":
+            raise ValueError(f"{path} describes a {config.get('kind')!r}, not 'activations'")
         if not config["finished"]:
             raise ValueError(f"{folder}: the recording was interrupted; record again with the same prompts to finish it")
         x = torch.cat([read_tensor(Path(folder) / name, "x") for name in config["shards"]])
@@ -267,7 +270,7 @@ def claim_folder(out: Path, config: dict[str, Any]) -> None:
     """Make the folder, or check that what it holds is the same recording."""
     path = out / CONFIG
     if path.is_file():
-        found = json.loads(path.read_text())
+        found = read_object(path, "name another folder")
         for key in ("kind", "hook_point", "prompts_sha256", "shard_prompts"):
             if found.get(key) != config[key]:
                 raise ValueError(f"{out} holds a recording with another {key}; name another folder")

@@ -56,6 +56,49 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Reading text and JSON
+
+
+def read_text(path: str | Path, mend: str = "save it as UTF-8") -> str:
+    """Return the text of a UTF-8 file, without a byte order mark and with the line ends that it has.
+
+    Raises:
+        ValueError: it is not UTF-8; the message names file, line and mend.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not UTF-8 in line {line} ({error.reason}); {mend}") from error
+
+
+def read_json(path: Path, mend: str) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON; the message names file, place and mend.
+    """
+    try:
+        return json.loads(read_text(path, mend))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {mend}") from error
+
+
+def read_object(path: Path, mend: str) -> dict[str, Any]:
+    """Return what a JSON file holds, which must be an object.
+
+    Raises:
+        ValueError: see `read_json`; or it is a list, a number or a text.
+    """
+    content = read_json(path, mend)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; {mend}")
+    return content
+
+
+# Artifacts
+
+
 def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary folder beside `folder`, then rename it; nothing half-written stays.
 
@@ -121,12 +164,7 @@ def read_config(
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no {kind} at {folder}: {CONFIG} is missing")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); save the {kind} again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object; save the {kind} again")
+    config = read_object(path, f"save the {kind} again")
     if config.get("kind") != kind:
         raise ValueError(f"{path} describes a {config.get('kind')!r}, not a {kind!r}")
     if config.get("schema_version") not in tuple(versions):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from itd import emoji
-from itd.artifacts import CONFIG, versions
+from itd.artifacts import CONFIG, read_object, reading, versions
 from itd.eraser import Eraser
 from itd.erasing import calibration_of
 from itd.explain import Check
@@ -139,27 +138,29 @@ def describe_folder(folder: Path) -> str:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
-    config = read_json(folder / CONFIG)
-    describe = {"sae": sae_rows, "eraser": eraser_rows, "retained": retained_rows, "activations": activations_rows}.get(
-        config.get("kind", "")
-    )
-    if describe is not None:
-        rows = [("kind", config["kind"]), *describe(config), ("written by", f"itd {config['itd_version']}")]
-    elif "command" in config:
-        rows = run_rows(config)
-    elif (folder / "model_index.json").is_file():
-        rows = pipeline_rows(read_json(folder / "model_index.json"))
-    else:
+    config, made, index = (object_in(folder / name) for name in (CONFIG, COMMAND, "model_index.json"))
+    with reading(folder):
+        rows = rows_of(config) or (pipeline_rows(index) if index else [])
+        if made and "kind" in config:
+            rows.append(("made by", f"itd {made['command']} --config {folder / COMMAND}"))
+        lines = table(rows, left=2)
+    if not lines:
         raise ValueError(f"{folder} is none of these: an autoencoder, an eraser, activations, a run of a command, a pipeline")
-    made = read_json(folder / COMMAND) if describe is not None else {}
-    if made:
-        rows.append(("made by", f"itd {made['command']} --config {folder / COMMAND}"))
-    return "\n".join([f"{folder}, {size_of(folder):.1f} MB", *table(rows, left=2)])
+    return "\n".join([f"{folder}, {size_of(folder):.1f} MB", *lines])
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def object_in(path: Path) -> dict[str, Any]:
     """Return a JSON object, empty if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path, "name a folder that itd wrote") if path.is_file() else {}
+
+
+def rows_of(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a `config.json` says of its folder; nothing if it is neither an artifact's nor a run's."""
+    describe = {"sae": sae_rows, "eraser": eraser_rows, "retained": retained_rows, "activations": activations_rows}
+    kind = config.get("kind")
+    if kind in describe:
+        return [("kind", kind), *describe[kind](config), ("written by", f"itd {config['itd_version']}")]
+    return run_rows(config) if "command" in config else []
 
 
 def sae_rows(config: dict[str, Any]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from itd.artifacts import CONFIG, itd_version
+from itd.artifacts import CONFIG, itd_version, read_object
 
 COMMAND = "command.json"
 """Where the arguments are kept in a folder whose `config.json` is the artifact's own."""
@@ -64,9 +64,9 @@ def read_arguments(path: Path, command: type) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no arguments at {path}")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not {"command", "arguments"} <= set(content):
-        raise ValueError(f"{path} does not hold the arguments of a command: it needs the keys 'command' and 'arguments'")
+    content = read_object(path, "name a file of arguments that a command of itd wrote")
+    if not isinstance(content.get("arguments"), dict) or "command" not in content:
+        raise ValueError(f"{path} does not hold the arguments of a command: it needs 'command' and an object 'arguments'")
     name, values = command_name(command), content["arguments"]
     if content["command"] != name:
         raise ValueError(f"{path} holds the arguments of `itd {content['command']}`, not of `itd {name}`")
@@ -196,7 +196,7 @@ def require_run_of(path: Path, name: str) -> None:
     """Raise ValueError if the file is there and is not of a run of this command."""
     if path.parent.exists() and not path.parent.is_dir():
         raise ValueError(f"{path.parent} is a file; name a folder")
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"command": name}
+    found = read_object(path, "name another folder") if path.is_file() else {"command": name}
     if found.get("command") != name:
         what = f"kind {found['kind']!r}" if "kind" in found else f"command {found.get('command')!r}"
         raise ValueError(f"{path.parent} holds something else, of {what}; name another folder")
@@ -209,5 +209,5 @@ def require_free(folder: Path, kind: str) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     path = folder / CONFIG
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("kind") != kind:
+    if not path.is_file() or read_object(path, "name another folder").get("kind") != kind:
         raise ValueError(f"{folder} holds something other than an {kind}; name another folder")
