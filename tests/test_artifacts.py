@@ -88,9 +88,16 @@ def test_what_is_not_an_artifact_is_not_replaced(tmp_path: Path, kind: str) -> N
         place.mkdir()
     file = place / "chapter.txt" if kind == "folder" else place
     file.write_text("years of work")
-    with pytest.raises(ValueError, match="thesis holds something that is not an artifact; name another folder"):
+    with pytest.raises(ValueError, match=r"thesis (is a file; name a|holds something that is no thing; name another) folder"):
         save(place)
     assert file.read_text() == "years of work"
+
+
+def test_an_artifact_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    save(tmp_path / "thing")
+    with pytest.raises(ValueError, match="thing holds something that is no other; name another folder"):
+        save_artifact(tmp_path / "thing", "other", {"value": 1}, TENSORS)
+    assert read(tmp_path / "thing")[0]["kind"] == "thing"
 
 
 @pytest.mark.parametrize("at", ["tensors", "config", "rename"])
@@ -141,7 +148,7 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "thing", write)
+        write_folder(tmp_path / "thing", "thing", write)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -236,8 +236,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     erase = ("erase", "--model", model, "--sae", f"{run}/sae", "--target", "house", *KEPT, "--out")
     assert "of kind 'activations'" in failing(capsys, "train", "--activations", acts, *TRAIN, "--out", acts)
     assert "of kind 'eraser'" in failing(capsys, "generate", "--model", model, "a house", "--out", house)
-    assert "other than an eraser" in failing(capsys, *erase, run)
-    assert "other than an eraser" in failing(capsys, *erase, f"{run}/sae")
+    assert "holds something that is no eraser" in failing(capsys, *erase, run)
+    assert "holds something that is no eraser" in failing(capsys, *erase, f"{run}/sae")
     assert "is a file" in failing(capsys, *erase, f"{run}/config.json")
     assert len(ActivationStore.load(acts)) > 0
     assert SAE.load(f"{run}/sae").config.k == 8

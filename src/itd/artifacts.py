@@ -99,14 +99,27 @@ def read_object(path: Path, mend: str) -> dict[str, Any]:
 # Artifacts
 
 
-def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+def require_free(folder: Path, kind: str) -> None:
+    """Raise ValueError unless the folder is new, empty, or an artifact of this kind, which may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    path = folder / CONFIG
+    if not path.is_file() or read_object(path, "name another folder").get("kind") != kind:
+        raise ValueError(f"{folder} holds something that is no {kind}; name another folder")
+
+
+def write_folder(folder: str | Path, kind: str, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary folder beside `folder`, then rename it; nothing half-written stays.
 
-    An artifact or an empty folder at `folder` is replaced once the new one is whole; anything else there is an error.
+    An artifact of the same kind or an empty folder at `folder` is replaced once the new one is whole.
+
+    Raises:
+        ValueError: `folder` holds anything else.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).exists())):
-        raise ValueError(f"{target} holds something that is not an artifact; name another folder")
+    require_free(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     old = target.with_name(f"{temporary.name}.old")
@@ -131,7 +144,11 @@ def save_artifact(
     files: Mapping[str, Mapping[str, Tensor]],
     version: int = SCHEMA_VERSION,
 ) -> None:
-    """Write tensors as `{name}.safetensors` and a `config.json` with their hashes."""
+    """Write tensors as `{name}.safetensors` and a `config.json` with their hashes.
+
+    Raises:
+        ValueError: see `write_folder`.
+    """
 
     def write(temporary: Path) -> None:
         hashes = {}
@@ -143,7 +160,7 @@ def save_artifact(
         header = {"kind": kind, "schema_version": version, "itd_version": itd_version(), "sha256": hashes}
         (temporary / CONFIG).write_text(json.dumps(header | dict(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-    write_folder(folder, write)
+    write_folder(folder, kind, write)
 
 
 def read_config(

@@ -15,7 +15,7 @@ import tyro
 
 from itd import describe, inputs
 from itd.activations import ActivationStore, record
-from itd.artifacts import CONFIG
+from itd.artifacts import CONFIG, require_free
 from itd.attacks.arenas import AttackConfig, run_arena
 from itd.attacks.protocol import names_of_attacks
 from itd.erasing import PRESETS, EraseConfig, add_concepts, erase
@@ -23,7 +23,7 @@ from itd.evaluation import ProtocolName
 from itd.generation import consecutive_seeds, generate, picture_lines, pipeline_options, write_pictures
 from itd.hooks import HookPoint
 from itd.memory import MemoryConfig, free_memory
-from itd.runs import COMMAND, Values, base_arguments, command_name, flat, require_free, run_folder, write_arguments
+from itd.runs import COMMAND, Values, base_arguments, command_name, flat, run_folder, write_arguments
 from itd.sae import SAEConfig
 from itd.synonyms import synonym_words
 from itd.training import PAPER_TRAINING, TrainConfig, train

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from itd.artifacts import CONFIG, itd_version, read_object
+from itd.artifacts import itd_version, read_object
 
 COMMAND = "command.json"
 """Where the arguments are kept in a folder whose `config.json` is the artifact's own."""
@@ -200,14 +200,3 @@ def require_run_of(path: Path, name: str) -> None:
     if found.get("command") != name:
         what = f"kind {found['kind']!r}" if "kind" in found else f"command {found.get('command')!r}"
         raise ValueError(f"{path.parent} holds something else, of {what}; name another folder")
-
-
-def require_free(folder: Path, kind: str) -> None:
-    """Raise ValueError unless the folder is new, empty, or an artifact of this kind, which may be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    path = folder / CONFIG
-    if not path.is_file() or read_object(path, "name another folder").get("kind") != kind:
-        raise ValueError(f"{folder} holds something other than an {kind}; name another folder")
