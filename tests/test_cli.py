@@ -525,6 +525,13 @@ def test_a_picture_depends_on_its_prompt_and_seed_only_and_a_run_replaces_the_on
     assert (tmp_path / "out" / "000-my-cup.png").read_bytes() == together
 
 
+def test_pictures_of_someone_else_are_left_alone(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "2024-holiday.png").touch()
+    argv = ("generate", "--model", model, "my cup", *STEPS, "--out", str(tmp_path))
+    assert "holds something other than pictures" in failing(capsys, *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["2024-holiday.png"]
+
+
 def test_a_stopped_generation_keeps_what_it_drew(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

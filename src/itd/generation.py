@@ -15,10 +15,13 @@ import torch
 from tqdm import tqdm
 
 from itd import emoji
+from itd.artifacts import CONFIG, read_json
 from itd.eraser import Eraser
 from itd.gate import Decision
 
 METADATA = "metadata.json"
+OWN_FILE = re.compile(r"[0-9]{3,}-[a-z0-9-]+\.png")
+"""Name of a picture as it is written here: nothing else that `metadata.json` may name is deleted."""
 MAX_SLUG = 60
 
 
@@ -74,10 +77,14 @@ def write_pictures(pictures: Iterator[Picture], out: Path, total: int, names: Se
     """Write pictures as `000-slug.png` and their `metadata.json`; those of an earlier run in the folder go first.
 
     `names`: concepts of the eraser. What was written before an interruption stays, with its metadata.
+
+    Raises:
+        ValueError: the folder holds something else.
     """
-    for old in out.glob("[0-9][0-9][0-9]*-*.png"):
-        old.unlink()
+    for old in earlier_pictures(out):
+        old.unlink(missing_ok=True)
     rows: list[dict[str, Any]] = []
+    write_metadata(rows, out)
     try:
         for index, picture in enumerate(tqdm(pictures, desc="generate", unit="image", total=total, disable=total < 2)):
             file = f"{index:03d}-{slug(picture.prompt)}.png"
@@ -85,8 +92,29 @@ def write_pictures(pictures: Iterator[Picture], out: Path, total: int, names: Se
             gate = gate_row(picture.decision, names)
             rows.append({"file": file, "prompt": picture.prompt, "seed": picture.seed, "gate": gate})
     finally:
-        (out / METADATA).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_metadata(rows, out)
     return rows
+
+
+def write_metadata(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    (out / METADATA).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def earlier_pictures(out: Path) -> list[Path]:
+    """Return the pictures that an earlier run wrote into the folder, as its `metadata.json` names them.
+
+    Raises:
+        ValueError: the folder holds something other than such a run.
+    """
+    path = out / METADATA
+    if not path.is_file():
+        if any(each.name != CONFIG for each in out.iterdir()):
+            raise ValueError(f"{out} holds something other than pictures that `itd generate` drew; name another folder")
+        return []
+    rows = read_json(path, "name another folder")
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and OWN_FILE.fullmatch(str(r.get("file"))) for r in rows):
+        raise ValueError(f"{path} is not a list of pictures that `itd generate` drew; name another folder")
+    return [out / row["file"] for row in rows]
 
 
 def picture_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
