@@ -7,14 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from itd.generation import Picture, write_pictures
+from itd.gate import Decision, Meaning, Scores
+from itd.generation import Picture, gate_row, picture_lines, write_pictures
+from itd.kernels import SparseCodes
 
 
 def pictures(*prompts: str) -> Iterator[Picture]:
     for prompt in prompts:
         yield Picture(Image.new("RGB", (2, 2)), prompt, 0, None)
+
+
+def decision(concepts: tuple[int, ...], scores: tuple[float, ...], meaning: Meaning | None = None) -> Decision:
+    """Return what the gate on features says, and then a gate on the whole prompt."""
+    codes = SparseCodes(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    found = Scores(torch.tensor([scores]), torch.tensor(scores), codes)
+    first = Decision(bool(concepts), concepts, (0.5,) * len(scores), lambda: found)
+    return first if meaning is None else first.with_meaning(meaning)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -45,3 +56,25 @@ def test_metadata_of_something_else_deletes_nothing(tmp_path: Path, content: obj
     with pytest.raises(ValueError, match=r"metadata\.json is not a list of pictures that `itd generate` drew"):
         write_pictures(pictures("a dog"), out, 1)
     assert (names_in(tmp_path), names_in(out)) == (["000-a-cat.png", "out"], ["000-a-cat.png", "metadata.json"])
+
+
+# What is said of the gates
+
+
+def test_concepts_are_those_of_any_gate_each_once() -> None:
+    names, meaning = ("cat", "dog"), Meaning(("dog", "cat"), 0.75, 0.45, "pooled")
+    assert gate_row(decision((), (0.25, 0.0), meaning), names) == {
+        "fired": True, "score": 0.25, "threshold": 0.5, "concepts": ["dog", "cat"],
+        "meaning": {"concepts": ("dog", "cat"), "score": 0.75, "threshold": 0.45, "by": "pooled"},
+    }  # fmt: skip
+    both = gate_row(decision((0,), (0.75, 0.0), meaning), names)
+    assert both is not None
+    assert both["concepts"] == ["cat", "dog"]
+    alone = gate_row(decision((0,), (0.75, 0.0)), names)
+    assert alone == {"fired": True, "score": 0.75, "threshold": 0.5, "concepts": ["cat"]}
+
+
+def test_the_line_of_a_picture_names_what_another_gate_found() -> None:
+    passing, firing = (decision((), (0.25,), Meaning(found, 0.5, 0.45, "draft")) for found in ((), ("cat",)))
+    rows = [{"file": "0.png", "gate": gate_row(each, ("cat",))} for each in (None, passing, firing)]
+    assert picture_lines(rows) == ["0.png", "0.png  passes", "0.png  fires: cat"]

@@ -128,14 +128,20 @@ def picture_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def gate_row(decision: Decision | None, names: Sequence[str]) -> dict[str, Any] | None:
-    """Return a decision for JSON, which has no infinity: a prompt without words has no score."""
+    """Return a decision for JSON, which has no infinity: a prompt without words has no score.
+
+    `concepts`: those of any gate. `score` and `threshold` are of the gate on features, those in `meaning` of another.
+    """
     if decision is None:
         return None
+    meaning = decision.meaning
+    concepts = [*(names[c] for c in decision.concepts), *(meaning.concepts if meaning else ())]
     return {
         "fired": decision.fired,
         "score": decision.score if math.isfinite(decision.score) else None,
         "threshold": decision.threshold,
-        "concepts": [names[c] for c in decision.concepts],
+        "concepts": list(dict.fromkeys(concepts)),
+        **({"meaning": meaning._asdict()} if meaning else {}),
     }
 
 
