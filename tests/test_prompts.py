@@ -85,6 +85,12 @@ def test_a_template_is_recovered_where_the_concept_stands_in_the_text() -> None:
     assert recover_template("a photo of a dog", None) is None
 
 
+def test_a_concept_is_found_as_words_of_its_own_only() -> None:
+    assert recover_template("a scary car", "car") == "a scary {}"
+    assert recover_template("a scary cat", "car") is None
+    assert recover_template("code in C++, on paper", "c++") == "code in {}, on paper"
+
+
 def test_the_shipped_templates_are_dealt_to_one_split_each() -> None:
     frames = [template for split in SPLITS for template in TEMPLATES[split]]
     assert len(frames) == len(set(frames))

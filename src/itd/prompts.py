@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,11 +213,11 @@ def fill(template: str, name: str) -> str:
 
 
 def recover_template(text: str, concept: Any) -> str | None:
-    """Return the text with the concept replaced by `{}`, if the concept stands in it."""
-    if not concept or str(concept).lower() not in text.lower():
+    """Return the text with the concept replaced by `{}`, if the concept stands in it as words of its own."""
+    found = re.search(rf"(?<!\w){re.escape(str(concept))}(?!\w)", text, re.IGNORECASE) if concept else None
+    if found is None:
         return None
-    start = text.lower().index(str(concept).lower())
-    return text[:start].replace("{", "").replace("}", "") + "{}" + text[start + len(str(concept)) :]
+    return text[: found.start()].replace("{", "").replace("}", "") + "{}" + text[found.end() :]
 
 
 def require_prompt_column(path: str | Path, columns: Iterable[str]) -> None:
