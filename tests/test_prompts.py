@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -133,16 +132,36 @@ def test_a_csv_without_a_prompt_column_is_an_error_that_lists_its_columns(tmp_pa
 
 
 def test_a_jsonl_reads_back_what_it_wrote(tmp_path: Path) -> None:
-    prompts = grid() + PromptSet.from_texts(["a bébé", 'a "quoted" one'])
+    prompts = grid() + PromptSet.from_texts(["a bébé", 'a "quoted" one', "two\u2028lines"])
     prompts.to_jsonl(tmp_path / "prompts.jsonl")
     assert PromptSet.from_file(tmp_path / "prompts.jsonl") == prompts
 
 
-def test_a_jsonl_without_prompts_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"text": "a cat"}))
-    with pytest.raises(ValueError, match="no column 'prompt'"):
-        PromptSet.from_file(path)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "a cat\nun bébé".encode("latin-1"), r"a\.txt is not UTF-8 in line 2 .*; save it as UTF-8"),
+        ("a.csv", "prompt\nun bébé".encode("latin-1"), r"a\.csv is not UTF-8 in line 2 .*; save it as UTF-8"),
+        ("a.csv", b"concept,prompt\ncat,a cat\ndog\n", r"a\.csv, line 3 has the prompt None; write a text"),
+        ("a.csv", b'prompt\n"' + b"cat " * 40_000, r"a\.csv is not CSV after line 1 \(field larger .*; close its quotes"),
+        ("a.jsonl", b'{"prompt": "a cat"}\n\n{"prompt"\n', r"a\.jsonl, line 3 is not valid JSON \(.* in column 10\); write"),
+        ("a.jsonl", b'{"prompt": "a cat"}\n5\n', r'a\.jsonl, line 2 is 5; write an object, as \{"prompt": "a cat"\}'),
+        ("a.jsonl", b'["prompt"]', r"a\.jsonl, line 1 is \['prompt'\]; write an object"),
+        ("a.jsonl", b'{"prompt": null}', r"a\.jsonl, line 1 has the prompt None; write a text"),
+        ("a.jsonl", b'{"text": "a cat"}', r"a\.jsonl, line 1 has no column 'prompt'; its columns are \['text'\]"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_that_names_file_line_and_mend(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        PromptSet.from_file(tmp_path / name)
+
+
+def test_rows_are_numbered_in_errors() -> None:
+    with pytest.raises(ValueError, match="row 2 has the prompt None"):
+        PromptSet.from_rows([{"prompt": "a cat"}, {"prompt": None}])
 
 
 def test_a_text_file_is_one_prompt_per_line(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from itd.artifacts import read_text
 
 Split = Literal["fit", "calibrate", "test"]
 SPLITS: tuple[Split, ...] = ("fit", "calibrate", "test")
@@ -109,19 +112,28 @@ class PromptSet(Sequence[Prompt]):
 
     @classmethod
     def from_csv(cls, path: str | Path) -> PromptSet:
-        """Read a CSV with a column `prompt` and, if there are any, `concept` (or `class`) and `template`."""
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+        """Read a CSV with a column `prompt` and, if there are any, `concept` (or `class`) and `template`.
+
+        Raises:
+            ValueError: see `from_file`.
+        """
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        try:
             require_prompt_column(path, reader.fieldnames or ())
-            return cls.from_rows(reader)
+            return cls(tuple(prompt_of(row, f"{path}, line {reader.line_num}") for row in reader))
+        except csv.Error as error:
+            raise ValueError(f"{path} is not CSV after line {reader.line_num} ({error}); close its quotes") from error
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> PromptSet:
-        """Read one JSON object per line, with the keys of `from_csv`."""
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        for row in rows:
-            require_prompt_column(path, tuple(row))
-        return cls.from_rows(rows)
+        """Read one JSON object per line, with the keys of `from_csv`.
+
+        Raises:
+            ValueError: see `from_file`.
+        """
+        # Not splitlines: a text may hold other line ends than "\n".
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+        return cls(tuple(prompt_of(parse_line(line, where), where) for where, line in lines))
 
     @classmethod
     def from_parquet(cls, path: str | Path) -> PromptSet:
@@ -132,12 +144,16 @@ class PromptSet(Sequence[Prompt]):
             raise ImportError("reading Parquet needs pyarrow: pip install pyarrow") from error
         table = parquet.read_table(str(path))
         require_prompt_column(path, table.column_names)
-        return cls.from_rows(table.to_pylist())
+        return cls(tuple(prompt_of(row, f"{path}, row {n}") for n, row in enumerate(table.to_pylist(), 1)))
 
     @classmethod
     def from_text(cls, path: str | Path) -> PromptSet:
-        """Read one prompt per line."""
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        """Read one prompt per line.
+
+        Raises:
+            ValueError: see `from_file`.
+        """
+        lines = read_text(path).splitlines()
         return cls.from_texts(line.strip() for line in lines if line.strip())
 
     @classmethod
@@ -145,7 +161,8 @@ class PromptSet(Sequence[Prompt]):
         """Read a prompt file by its ending: .csv, .jsonl, .parquet or .txt.
 
         Raises:
-            ValueError: the ending is none of these, or the file has no `prompt` column.
+            ValueError: the ending is none of these, or the file is not UTF-8, is malformed or has no prompt in some row; the
+                message names file and line.
             FileNotFoundError: there is no such file.
         """
         readers = {
@@ -163,13 +180,12 @@ class PromptSet(Sequence[Prompt]):
 
     @classmethod
     def from_rows(cls, rows: Iterable[dict[str, Any]]) -> PromptSet:
-        """Build from mappings; a template is recovered where the concept stands in the text."""
-        prompts = []
-        for row in rows:
-            text, concept = str(row["prompt"]), row.get("concept") or row.get("class") or None
-            template = row.get("template") or recover_template(text, concept)
-            prompts.append(Prompt(text, None if concept is None else str(concept), template))
-        return cls(tuple(prompts))
+        """Build from mappings; a template is recovered where the concept stands in the text.
+
+        Raises:
+            ValueError: a row has no text as its prompt.
+        """
+        return cls(tuple(prompt_of(row, f"row {n}") for n, row in enumerate(rows, 1)))
 
     def to_jsonl(self, path: str | Path) -> None:
         """Write one JSON object per line; `from_jsonl` reads it back, without the splits."""
@@ -212,6 +228,27 @@ def fill(template: str, name: str) -> str:
     return template.format(name)
 
 
+def prompt_of(row: Any, where: str) -> Prompt:
+    """Return a row as a prompt, or raise ValueError naming `where` if it has none."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f'{where} is {row!r}; write an object, as {{"prompt": "a cat"}}')
+    require_prompt_column(where, row)
+    text, concept = row["prompt"], row.get("concept") or row.get("class") or None
+    if not isinstance(text, str):
+        raise ValueError(f'{where} has the prompt {text!r}; write a text, which may be ""')
+    return Prompt(text, None if concept is None else str(concept), row.get("template") or recover_template(text, concept))
+
+
+def parse_line(line: str, where: str) -> Any:
+    """Return what a line of JSON holds, or raise ValueError naming `where`."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} is not valid JSON ({error.msg} in column {error.colno}); write one object per line"
+        ) from error
+
+
 def recover_template(text: str, concept: Any) -> str | None:
     """Return the text with the concept replaced by `{}`, if the concept stands in it as words of its own."""
     found = re.search(rf"(?<!\w){re.escape(str(concept))}(?!\w)", text, re.IGNORECASE) if concept else None
@@ -220,9 +257,9 @@ def recover_template(text: str, concept: Any) -> str | None:
     return text[: found.start()].replace("{", "").replace("}", "") + "{}" + text[found.end() :]
 
 
-def require_prompt_column(path: str | Path, columns: Iterable[str]) -> None:
+def require_prompt_column(where: str | Path, columns: Iterable[str]) -> None:
     if "prompt" not in columns:
-        raise ValueError(f"{path} has no column 'prompt'; its columns are {list(columns)}")
+        raise ValueError(f"{where} has no column 'prompt'; its columns are {list(columns)}")
 
 
 def assign(keys: Sequence[str], seed: int, shares: tuple[float, float, float]) -> dict[str, Split]:
