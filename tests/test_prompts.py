@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -73,9 +74,19 @@ def test_the_article_follows_the_name(template: str, name: str, text: str) -> No
     assert fill(template, name) == text
 
 
-def test_a_template_without_a_place_for_the_name_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"template 'a cat' has no \{\} for the concept's name"):
-        PromptSet.from_names(["cat"], ["a {}", "a cat"])
+@pytest.mark.parametrize("template", ["a cat", "{} and {}", "a {} in {place}", "a {} }", "{{}}"])
+def test_a_template_without_one_place_for_the_name_is_an_error(template: str) -> None:
+    with pytest.raises(ValueError, match=rf"template '{re.escape(template)}' needs one \{{\}} .*, and no other braces"):
+        PromptSet.from_names(["cat"], ["a {}", template])
+
+
+def test_one_text_in_place_of_several_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"texts must be several, got the text 'a cat'; write \['a cat'\]"):
+        PromptSet.from_texts("a cat")
+    with pytest.raises(ValueError, match="names must be several, got the text 'cat'"):
+        PromptSet.from_names("cat", ["a {}"])
+    with pytest.raises(ValueError, match="templates must be several, got the text 'a "):
+        PromptSet.from_names(["cat"], "a {}")
 
 
 def test_a_template_is_recovered_where_the_concept_stands_in_the_text() -> None:

@@ -96,6 +96,12 @@ class PromptSet(Sequence[Prompt]):
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> PromptSet:
+        """Make a prompt of every text.
+
+        Raises:
+            ValueError: one text in place of several.
+        """
+        require_several("texts", texts)
         return cls(tuple(Prompt(text) for text in texts))
 
     @classmethod
@@ -103,11 +109,13 @@ class PromptSet(Sequence[Prompt]):
         """Fill every template's `{}` with every name; templates vary fastest.
 
         Raises:
-            ValueError: a template has no `{}`.
+            ValueError: a template has no `{}`, several, or other braces; one name or template in place of several.
         """
+        require_several("names", names)
+        require_several("templates", templates)
         for template in templates:
-            if "{}" not in template:
-                raise ValueError(f"the template {template!r} has no {{}} for the concept's name")
+            if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+                raise ValueError(f"the template {template!r} needs one {{}} for the concept's name, and no other braces")
         return cls(tuple(Prompt(fill(t, name), name, t, split) for name in names for t in templates))
 
     @classmethod
@@ -226,6 +234,12 @@ def fill(template: str, name: str) -> str:
     if name[:1].lower() in "aeiou":
         template = template.replace("a {}", "an {}") if template.startswith("a {}") else template.replace(" a {}", " an {}")
     return template.format(name)
+
+
+def require_several(what: str, values: Iterable[str]) -> None:
+    """Raise ValueError for a text, which would be taken letter by letter."""
+    if isinstance(values, str):
+        raise ValueError(f"{what} must be several, got the text {values!r}; write [{values!r}]")
 
 
 def prompt_of(row: Any, where: str) -> Prompt:
