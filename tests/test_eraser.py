@@ -340,6 +340,11 @@ def test_erasers_that_differ_in_more_than_concepts_do_not_join(changes: dict[str
         _ = make((A,)) | make((B,), **changes)
 
 
+def test_erasers_join_over_two_spellings_of_one_hook_point() -> None:
+    spelled = replace(SITE, path=f"text_model.{SITE.path}")
+    assert (make((A,)) | make((B,), hook_point=spelled)).names == ("a", "b")
+
+
 def test_erasers_join_over_two_copies_of_one_saved_autoencoder(tmp_path: Path) -> None:
     saved = SAE_.save(tmp_path / "sae")
     joined = make((A,), sae=saved) | make((B,), sae=SAE.load(tmp_path / "sae"))

@@ -54,7 +54,14 @@ def test_both_spellings_find_the_layer_of_an_encoder_with_the_wrapper(path: str)
     assert find_module(encoder, path) is encoder.text_model.encoder.layers[1]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("path", ["encoder.layer.1", "encoder.layers.17", "layers.1", "text_model.encoder.block.1"])
+def test_both_spellings_are_one_hook_point() -> None:
+    site, spelled = (HookPoint("text_encoder", f"{prefix}encoder.layers.1") for prefix in ("", "text_model."))
+    assert site == spelled == HookPoint.parse("text_encoder:text_model.encoder.layers.1")
+    assert str(spelled) == "text_encoder:encoder.layers.1"
+    assert site != HookPoint("text_encoder_2", "encoder.layers.1")
+
+
+@pytest.mark.parametrize("path", ["encoder.layer.1", "encoder.layers.17", "layers.1", "encoder.block.1"])
 def test_an_unknown_hook_point_lists_near_matches(pipe: Any, path: str) -> None:
     with pytest.raises(ValueError, match=rf"CLIPTextModel has no module '{path}'; near matches: .*encoder\.layers\.1"):
         HookPoint("text_encoder", path).resolve(pipe)

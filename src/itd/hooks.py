@@ -22,14 +22,18 @@ Edit = Callable[[Float[Tensor, "batch tokens d_model"]], Tensor | None]
 class HookPoint:
     """A place whose output is the residual stream, e.g. `HookPoint("text_encoder", "encoder.layers.8")`.
 
-    `encoder`: name of the pipeline's component. `path`: dotted module path inside it; with or without `text_model.`.
+    `encoder`: name of the pipeline's component. `path`: dotted module path inside it; given with or without `text_model.`,
+    kept without, so that both spellings are one place.
     """
 
     encoder: str
     path: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path.removeprefix(WRAPPER))
+
     def resolve(self, pipe: Any) -> nn.Module:
-        """Return the module, under either spelling of its path.
+        """Return the module, whichever spelling of its path the encoder has.
 
         Raises:
             ValueError: the pipeline has no such encoder, or the encoder no such module; near matches are named.
@@ -45,7 +49,11 @@ class HookPoint:
 
     @classmethod
     def parse(cls, text: str) -> HookPoint:
-        """Read the form that `str` writes, `encoder:path`."""
+        """Read the form that `str` writes, `encoder:path`.
+
+        Raises:
+            ValueError: it is not of this form.
+        """
         encoder, colon, path = text.partition(":")
         if not (encoder and colon and path):
             raise ValueError(f"a hook point is written ENCODER:PATH, as text_encoder:encoder.layers.8; got {text!r}")
