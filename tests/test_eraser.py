@@ -436,9 +436,15 @@ def test_an_eraser_for_another_autoencoder_is_an_error(saved: SAE, tmp_path: Pat
 def test_an_autoencoder_that_moved_has_to_be_passed(saved: SAE, tmp_path: Path) -> None:
     make(sae=saved).save(tmp_path / "eraser")
     (tmp_path / "sae").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"is not at .*sae; pass it: Eraser\.load\(folder, sae=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"is not at .*sae; pass it: Eraser\.load\(folder, sae=.*\), or --sae FOLDER"):
         Eraser.load(tmp_path / "eraser")
     assert Eraser.load(tmp_path / "eraser", sae=SAE.load(tmp_path / "moved")).names == ("a", "b")
+
+
+def test_what_is_no_autoencoder_is_an_error_that_says_how_to_load_one(saved: SAE, tmp_path: Path) -> None:
+    make(sae=saved).save(tmp_path / "eraser")
+    with pytest.raises(ValueError, match=r"sae must be an autoencoder, got 'sae'; load it first: SAE\.load\(folder\)"):
+        Eraser.load(tmp_path / "eraser", "sae")  # type: ignore[arg-type]
 
 
 def test_a_folder_without_an_eraser_and_one_with_something_else_are_errors(saved: SAE, tmp_path: Path) -> None:
@@ -461,6 +467,10 @@ GOOD = [
         ({"sae": {"sha256": "0"}}, r"config\.json: unknown keys \[\], missing keys \['source'\]"),
         ({"concepts": [GOOD[0] | {"typo": 1}, GOOD[1]]}, r"config\.json: unknown keys \['typo'\]"),
         ({"concepts": [{"name": "a"}, GOOD[1]]}, r"missing keys \['n_features', 'offset', 'scale'\]"),
+        ({"sae": {"sha256": "0", "source": None}}, "the autoencoder of .*/eraser is not at None; pass it"),
+        ({"sae": 5}, r"config\.json: expected an object with the keys \['sha256', 'source'\], found 5"),
+        ({"concepts": 5}, r"config\.json: expected a list of concepts, found 5; save it again"),
+        ({"concepts": None}, r"config\.json: expected a list of concepts, found None"),
         ({"concepts": GOOD[:1]}, "/eraser is malformed: "),
         ({"concepts": [GOOD[0] | {"n_features": 5}, GOOD[1]]}, "/eraser is malformed: "),
         ({"concepts": [GOOD[0] | {"n_features": "4"}, GOOD[1]]}, "/eraser is malformed: "),

@@ -393,12 +393,14 @@ class Eraser:
 
         Raises:
             FileNotFoundError: no eraser there.
-            ValueError: an altered file, or the autoencoder is another one or not to be found.
+            ValueError: an altered file, or the autoencoder is another one, is none, or is not to be found.
         """
         keys = ("sae", "hook_point", "concepts", "gate", "edit", "records")
         place = Path(folder) / CONFIG
         config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=MORE_GATES)
         require_keys(place, config["sae"], ("sha256", "source"))
+        if not isinstance(config["concepts"], list):
+            raise ValueError(f"{place}: expected a list of concepts, found {config['concepts']!r}; save it again")
         for concept in config["concepts"]:
             require_keys(place, concept, ("name", "n_features", "scale", "offset"), optional=("window",))
         more = {kind: config[kind] for kind in MORE_GATES if config.get(kind) is not None}
@@ -463,18 +465,21 @@ def find_sae(wanted: dict[str, Any], sae: SAE | None, folder: str | Path) -> SAE
     """Return the autoencoder that an eraser needs: the one given, or the one at its recorded place.
 
     Raises:
-        ValueError: it is not there, or it is another one.
+        ValueError: it is not there, it is none, or it is another one.
     """
     if sae is None:
         try:
-            sae = SAE.load(resolve_source(wanted["source"]))
+            sae = SAE.load(resolve_source(str(wanted["source"])))
         except FileNotFoundError as error:
             raise ValueError(
-                f"the autoencoder of {folder} is not at {wanted['source']}; pass it: Eraser.load(folder, sae=...)"
+                f"the autoencoder of {folder} is not at {wanted['source']}; pass it: Eraser.load(folder, sae=SAE.load(...)), "
+                "or --sae FOLDER on the command line"
             ) from error
+    if not isinstance(sae, SAE):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"sae must be an autoencoder, got {sae!r}; load it first: SAE.load(folder)")
     if sae.sha256 != wanted["sha256"]:
         raise ValueError(
-            f"{folder} was made with another autoencoder (sha256 {wanted['sha256'][:12]}, given {str(sae.sha256)[:12]}); "
+            f"{folder} was made with another autoencoder (sha256 {str(wanted['sha256'])[:12]}, given {str(sae.sha256)[:12]}); "
             "pass the one it was made with"
         )
     return sae
