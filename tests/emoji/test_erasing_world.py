@@ -212,8 +212,11 @@ def test_world_prompts_keep_the_test_templates_out():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="neither a noun nor a design"):
-        erase_sets(["xylophone of doom"])
+    with pytest.raises(ValueError, match=r"neither a noun nor a design of the embedded world \(near matches: none\)"):
+        erase_sets(["qqqqqqqq"])
+    for name, near in (("unicornn", "unicorn"), ("twemojis", "twemoji")):
+        with pytest.raises(ValueError, match=rf"'{name}' is neither .* \(near matches: {near}.*\); give a prompt file"):
+            erase_sets([name])
 
 
 def test_the_world_knows_the_article():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -74,14 +75,18 @@ def erase_sets(names: Sequence[str], synonyms: Sequence[str] = ()) -> tuple[Prom
     words to erase, as concepts of their own; nothing that stays mentions them (see `itd.synonyms`).
 
     Raises:
-        ValueError: a name is neither a noun nor a design of the world.
+        ValueError: a name is neither a noun nor a design of the world; near matches are named.
     """
     listed = {noun.name: noun for noun in nouns()}
     designs = [name for name in names if name in DESIGNS]
     chosen = [name for name in names if name in listed]
     unknown = sorted(set(names) - set(designs) - set(chosen))
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is neither a noun nor a design of the embedded world; give a prompt file for it")
+        near = ", ".join(difflib.get_close_matches(unknown[0], [*listed, *DESIGNS])) or "none"
+        raise ValueError(
+            f"{unknown[0]!r} is neither a noun nor a design of the embedded world (near matches: {near}); "
+            "give a prompt file for anything else"
+        )
     roles = {listed[name].role for name in chosen}
     others = [noun for noun in listed.values() if noun.name not in chosen]
     target = concept_prompts([*chosen, *synonyms]) + style_prompts(designs, others)
