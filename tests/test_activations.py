@@ -180,6 +180,12 @@ def test_nothing_to_record_is_an_error(pipe: Any, site: HookPoint) -> None:
         record(pipe, site, PromptSet())
 
 
+@pytest.mark.parametrize("name", ["batch_size", "shard_prompts"])
+def test_no_prompt_at_a_time_is_an_error(pipe: Any, site: HookPoint, name: str) -> None:
+    with pytest.raises(ValueError, match="batch_size and shard_prompts must be at least 1, got"):
+        record(pipe, site, prompts_of("cat"), **{name: 0})
+
+
 def test_prompts_without_content_are_an_error(pipe: Any, site: HookPoint) -> None:
     with pytest.raises(ValueError, match="no content tokens"):
         record(pipe, site, PromptSet.from_texts([""]))

@@ -237,10 +237,12 @@ def record(
     last shard.
 
     Raises:
-        ValueError: no prompts, an unknown hook point, or `out` holds a recording of other prompts.
+        ValueError: no prompts, less than one at a time, an unknown hook point, or `out` holds a recording of other prompts.
     """
     if len(prompts) == 0:
         raise ValueError("record needs at least one prompt")
+    if batch_size < 1 or shard_prompts < 1:
+        raise ValueError(f"batch_size and shard_prompts must be at least 1, got {batch_size} and {shard_prompts}")
     site.resolve(pipe)
     unique = prompts.unique()
     encoder = pipelines.encoder_of(pipe, site.encoder)
