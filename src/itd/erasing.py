@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from itd import pipelines
 from itd.activations import stream
 from itd.discriminants import Discriminants, Others, Own
 from itd.drafts import DraftGate, drafts_of, require_drafts
-from itd.eraser import ANCHOR, Edit, EditMode, Eraser
+from itd.eraser import ANCHOR, EDITS, Edit, EditMode, Eraser
 from itd.features import (
     ConceptFeatures,
     FeatureStats,
@@ -25,7 +26,18 @@ from itd.features import (
     set_difference,
     token_filter,
 )
-from itd.gate import PART_WAY, Calibration, Gate, ScoreName, calibrate, describe_threshold, score, score_prompts, unit_apart
+from itd.gate import (
+    PART_WAY,
+    SCORES,
+    Calibration,
+    Gate,
+    ScoreName,
+    calibrate,
+    describe_threshold,
+    score,
+    score_prompts,
+    unit_apart,
+)
 from itd.hooks import HookPoint
 from itd.kernels import same_up_to
 from itd.pictures import UNGUIDED, PictureGate, drawn_features
@@ -37,8 +49,11 @@ from itd.vocabulary import names_of, vocabulary_of, word_salads
 
 logger = logging.getLogger(__name__)
 
-CALIBRATIONS = ("apart", "shared")
-SELECTIONS = ("fisher", "token", "evidence", "difference")
+CHOICES = {
+    "selection": ("fisher", "token", "evidence", "difference"), "calibration": ("apart", "shared"),
+    "score": SCORES, "edit": EDITS,
+}  # fmt: skip
+"""What the settings that are words may be."""
 MOST_DRAFTS = 2000
 """Retained prompts that are drafted to fit the draft gate, and to calibrate it."""
 SALADS_EACH = 3
@@ -115,19 +130,33 @@ class EraseConfig:
     """Of the split of prompts that carry none."""
 
     def __post_init__(self) -> None:
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("fpr", "recall", "pooled_fpr", "draft_fpr", "picture_fpr"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {rate}")
+        if self.fpr is not None and self.recall is not None:
+            raise ValueError(
+                f"give a false-positive rate or a recall, not both: got {self.fpr} and {self.recall}; for a recall set fpr=None"
+            )
+        for name in ("shrinkage", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}")
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength must be a finite number, got {self.strength}")
         if isinstance(self.picture_looks, str) or not all(self.picture_looks):
             raise ValueError(f"picture_looks must be phrases, each of some words, got {self.picture_looks!r}")
         object.__setattr__(self, "picture_looks", tuple(self.picture_looks))
-        if self.calibration not in CALIBRATIONS:
-            raise ValueError(f"calibration must be one of {CALIBRATIONS}, got {self.calibration!r}")
         if self.n_features < 1 or self.k_sel < 1:
             raise ValueError(f"n_features and k_sel must be at least 1, got {self.n_features} and {self.k_sel}")
         if not 0 < self.pooled_part_way <= 1:
             raise ValueError(f"pooled_part_way must be more than 0 and at most 1, got {self.pooled_part_way}")
         if self.n_edited is not None and self.n_edited < 1:
             raise ValueError(f"n_edited must be at least 1, or None for all features; got {self.n_edited}")
+        if self.picture_steps is not None and self.picture_steps < 1:
+            raise ValueError(f"picture_steps must be at least 1, or None for the pipeline's own; got {self.picture_steps}")
 
     @property
     def is_apart(self) -> bool:
