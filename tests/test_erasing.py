@@ -317,6 +317,21 @@ def test_a_strong_concept_is_not_reported(pipe: Any, sae: SAE, site: HookPoint, 
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("calibration", ["apart", "shared"])
+def test_a_false_positive_rate_that_so_few_prompts_cannot_guarantee_is_reported(
+    pipe: Any, sae: SAE, site: HookPoint, caplog: pytest.LogCaptureFixture, calibration: Any
+) -> None:
+    n = len(split_sets(TARGET, RETAIN, NEUTRAL, CONFIG.seed)[1].of("calibrate"))
+    for fpr, guaranteed in ((1 / (n + 1), ""), (0.002, f" ({1 / (n + 1):.2g} guaranteed)")):
+        config = replace(CONFIG, calibration=calibration, fpr=fpr, pooled_gate=True, pooled_fpr=fpr)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            eraser = make(pipe, sae, site, config)
+        rules = [calibration_of(eraser)[0].rule, eraser.records[0]["pooled"]["rule"]]
+        assert all(f"fpr={fpr}{guaranteed}" in rule for rule in rules)
+        assert caplog.text.count(f"{n} held-out prompts of what must stay guarantee") == (2 if guaranteed else 0)
+
+
 # Bad input
 
 

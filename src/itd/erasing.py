@@ -322,7 +322,7 @@ def more_gates(
         return kept.fit.sample(n, config.seed), kept.calibrate.sample(n, config.seed)
 
     def keep(gate: Discriminants, own: Own, others: Others, fpr: float, part_way: float) -> None:
-        rule = f"{gate.kind}, fpr={fpr}, {part_way:.0%} of the way"
+        rule = f"{gate.kind}, {rate_rule(fpr, len(others[1]))}, {part_way:.0%} of the way"
         gates[gate.kind], does[gate.kind] = gate, rates_of(gate, own, others, rule)
 
     def draw(prompts: PromptSet, guidance: float | None = config.picture_guidance) -> Tensor:
@@ -412,9 +412,27 @@ def rates_of(gate: Discriminants, own: Own, others: Others, rule: str) -> dict[s
 
 def choose_threshold(settings: EraseConfig, positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Calibration:
     """Return the threshold of the gate, the same number for all concepts, and what it does on held-out prompts."""
+    rule = None if settings.fpr is None else rate_rule(settings.fpr, len(negatives))
     if settings.is_apart:
-        return describe_threshold(f"fpr={settings.fpr}, {PART_WAY:.0%} of the way", PART_WAY, positives, negatives)
-    return calibrate(positives, negatives, fpr=settings.fpr, recall=settings.recall)
+        return describe_threshold(f"{rule}, {PART_WAY:.0%} of the way", PART_WAY, positives, negatives)
+    chosen = calibrate(positives, negatives, fpr=settings.fpr, recall=settings.recall)
+    return replace(chosen, rule=rule or chosen.rule)
+
+
+def rate_rule(fpr: float, n_negatives: int) -> str:
+    """Return a false-positive rate for the record, and warn of one below 1 / (n + 1), which n held-out prompts guarantee.
+
+    >>> rate_rule(0.1, 48), rate_rule(0.002, 48)
+    ('fpr=0.1', 'fpr=0.002 (0.02 guaranteed)')
+    """
+    least = 1 / (n_negatives + 1)
+    if fpr >= least:
+        return f"fpr={fpr}"
+    logger.warning(
+        "%d held-out prompts of what must stay guarantee a false-positive rate of %.2g, not of %g; that takes %d",
+        n_negatives, least, fpr, math.ceil(1 / fpr) - 1,
+    )  # fmt: skip
+    return f"fpr={fpr} ({least:.2g} guaranteed)"
 
 
 def set_apart(
