@@ -50,16 +50,6 @@ class SAEConfig:
         """Size of the weights in fp32."""
         return 4 * (2 * self.n_latents * self.d_model + self.n_latents + self.d_model)
 
-    def require_memory(self, copies: int = 1, available: int | None = None) -> None:
-        """Raise ValueError if `copies` of the weights do not fit, naming the largest n_latents that does."""
-        available = available_memory() if available is None else available
-        if copies * self.n_bytes > available:
-            largest = max(0, available // copies // 4 - self.d_model) // (2 * self.d_model + 1)
-            raise ValueError(
-                f"n_latents = {self.n_latents} needs {copies * self.n_bytes / 1e9:.1f} GB, "
-                f"{available / 1e9:.1f} GB are available: the largest n_latents that fits is {largest}"
-            )
-
 
 def available_memory() -> int:
     """Return the bytes of memory that can be allocated now, as the operating system estimates them."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import metrics as twin
 from sklearn.metrics import roc_auc_score
 
-from itd.metrics.detection import Detection, detection_sweep, gone_and_kept_rate, harmonic_mean, rank_bins, recall_at_fpr, roc
+from itd.metrics.detection import Detection, detection_sweep, gone_and_kept_rate, harmonic_mean, rank_bins, roc
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
 
@@ -28,20 +28,11 @@ def test_the_area_agrees_with_an_independent_implementation() -> None:
     assert roc(positives, negatives).area == pytest.approx(expected)
 
 
-def test_recall_at_a_rate_is_the_best_that_the_rate_allows() -> None:
-    positives, negatives = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([2.5, 0.5, 0.1, -1.0])
-    assert recall_at_fpr(positives, negatives, 0.0) == 0.25
-    assert recall_at_fpr(positives, negatives, 0.25) == 0.75
-    assert recall_at_fpr(positives, negatives, 1.0) == 1.0
-
-
 def test_a_roc_without_one_side_or_with_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="got 0 and 1"):
         roc(torch.zeros(0), torch.zeros(1))
     with pytest.raises(ValueError, match="NaN"):
         roc(torch.tensor([float("nan")]), torch.zeros(1))
-    with pytest.raises(ValueError, match=r"got 1\.5"):
-        recall_at_fpr(torch.ones(1), torch.zeros(1), 1.5)
 
 
 def test_the_harmonic_mean_hides_no_weak_part() -> None:

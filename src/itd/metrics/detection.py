@@ -48,19 +48,6 @@ def reached(scores: Float[Tensor, " n"], thresholds: Float[Tensor, " m"]) -> Flo
     return (len(scores) - below).double() / len(scores)
 
 
-def recall_at_fpr(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"], fpr: float) -> float:
-    """Return the largest recall at a false-positive rate of at most `fpr`: what the score could do, threshold aside.
-
-    Raises:
-        ValueError: see `roc`; a rate outside [0, 1].
-    """
-    if not 0 <= fpr <= 1:
-        raise ValueError(f"a false-positive rate lies between 0 and 1, got {fpr}")
-    curve = roc(positives, negatives)
-    allowed = curve.recall[curve.false_positive_rate <= fpr]
-    return float(allowed.max()) if len(allowed) else 0.0
-
-
 def harmonic_mean(*shares: float) -> float:
     """Return the harmonic mean of shares; 0 where one of them is 0..
 
