@@ -342,7 +342,7 @@ class Eraser:
         """Write the eraser: a few kB per concept. Its autoencoder is named by hash and place, not copied.
 
         Raises:
-            ValueError: the autoencoder was never saved.
+            ValueError: the autoencoder was never saved, or the folder holds something other than an eraser.
         """
         if self.sae.sha256 is None:
             raise ValueError("save the autoencoder first (sae = sae.save(folder)): the eraser names it by its hash")

@@ -211,6 +211,9 @@ def threshold_for_fpr(negatives: Float[Tensor, " n"], fpr: float) -> float:
 
     The ceil((n + 1)(1 - fpr))-th smallest negative score, exceeded by more than the rounding that a prompt's company in a
     batch decides: split conformal prediction. With too few negatives for the rate, just above the largest.
+
+    Raises:
+        ValueError: a rate that is not between 0 and 1.
     """
     if not 0 < fpr < 1:
         raise ValueError(f"a false-positive rate lies between 0 and 1, got {fpr}")
@@ -224,6 +227,9 @@ def threshold_for_recall(positives: Float[Tensor, " n"], recall: float) -> float
     """Return the largest threshold that a new positive reaches with probability at least `recall`.
 
     The floor((n + 1)(1 - recall))-th smallest positive score; with too few positives, the smallest.
+
+    Raises:
+        ValueError: a recall that is not between 0 and 1.
     """
     if not 0 < recall < 1:
         raise ValueError(f"a recall lies between 0 and 1, got {recall}")

@@ -27,7 +27,11 @@ class Tokens(NamedTuple):
 
 
 def encoder_of(pipe: Any, name: str) -> nn.Module:
-    """Return a text encoder of the pipeline by component name."""
+    """Return a text encoder of the pipeline by component name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     encoder = getattr(pipe, name, None)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"the pipeline has no encoder {name!r}")
@@ -35,7 +39,11 @@ def encoder_of(pipe: Any, name: str) -> nn.Module:
 
 
 def tokenizer_of(pipe: Any, encoder: str) -> Any:
-    """Return the tokenizer that belongs to an encoder: `text_encoder_2` has `tokenizer_2`."""
+    """Return the tokenizer that belongs to an encoder: `text_encoder_2` has `tokenizer_2`.
+
+    Raises:
+        ValueError: there is none.
+    """
     name = encoder.replace("text_encoder", "tokenizer")
     tokenizer = getattr(pipe, name, None)
     if tokenizer is None:
@@ -44,7 +52,11 @@ def tokenizer_of(pipe: Any, encoder: str) -> Any:
 
 
 def image_model(pipe: Any) -> nn.Module:
-    """Return the network that the text conditions: `unet` or `transformer`."""
+    """Return the network that the text conditions: `unet` or `transformer`.
+
+    Raises:
+        ValueError: the pipeline has neither.
+    """
     for name in ("unet", "transformer"):
         model = getattr(pipe, name, None)
         if isinstance(model, nn.Module):

@@ -104,7 +104,7 @@ class Retained:
         """Write it to a folder; its autoencoder is named by hash, not copied.
 
         Raises:
-            ValueError: the autoencoder was never saved.
+            ValueError: the autoencoder was never saved, or the folder holds something else.
         """
         if self.sae.sha256 is None:
             raise ValueError("save the autoencoder first (sae = sae.save(folder)): what must stay is encoded by it")

@@ -160,6 +160,9 @@ class SAE:
         """Write the autoencoder to a folder and return it as loaded from there.
 
         `dtype`: fp16 halves the file; it is computed with in fp32 in any case.
+
+        Raises:
+            ValueError: the folder holds something other than an autoencoder.
         """
         hook_point = None if self.hook_point is None else str(self.hook_point)
         config = {"sae": asdict(self.config), "hook_point": hook_point, "metrics": self.metrics}
