@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from hypothesis import strategies as st
 from reference import metrics as twin
 from sklearn.metrics import roc_auc_score
 
-from itd.metrics.detection import Detection, detection_sweep, gone_and_kept_rate, harmonic_mean, rank_bins, roc
+from itd.metrics.detection import (
+    Detection, clustered_area, detection_sweep, gone_and_kept_rate, harmonic_mean, rank_bins, roc,
+)  # fmt: skip
+from itd.metrics.intervals import wilson
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
 
@@ -26,6 +31,54 @@ def test_the_area_agrees_with_an_independent_implementation() -> None:
     positives, negatives = torch.randn(80, generator=generator) + 1, torch.randn(150, generator=generator)
     expected = roc_auc_score([1] * 80 + [0] * 150, torch.cat([positives, negatives]).tolist())
     assert roc(positives, negatives).area == pytest.approx(expected)
+
+
+@given(SCORES, SCORES)
+def test_the_points_of_a_roc_enclose_its_area(positives: list[float], negatives: list[float]) -> None:
+    found = roc(torch.tensor(positives), torch.tensor(negatives))
+    points = found.points()
+    assert (points[0], points[-1]) == ((0.0, 0.0), (1.0, 1.0))
+    assert sum((x - w) * (y + v) / 2 for (w, v), (x, y) in pairwise(points)) == pytest.approx(found.area)
+
+
+def test_the_points_of_a_roc_are_few() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = roc(torch.randn(900, generator=generator), torch.randn(900, generator=generator))
+    points = found.points(100)
+    assert len(points) == 100
+    assert set(points[1:]) <= set(zip(found.false_positive_rate.tolist(), found.recall.tolist(), strict=True))
+    assert roc(torch.ones(900), torch.zeros(900)).points(100) == [(0.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
+
+
+GROUPS = st.lists(st.lists(st.integers(-5, 5).map(float), max_size=5), min_size=1, max_size=6).filter(any)
+
+
+@given(GROUPS, GROUPS)
+def test_the_area_of_grouped_scores_is_that_of_all_of_them(positives: list[list[float]], negatives: list[list[float]]) -> None:
+    flat = [[score for group in side for score in group] for side in (positives, negatives)]
+    found = clustered_area(positives, negatives, n_draws=50)
+    assert found.value == pytest.approx(roc(*map(torch.tensor, flat)).area)
+    assert 0 <= found.low <= found.high <= 1
+    assert found.n == len(flat[0]) + len(flat[1])
+    assert clustered_area(positives, negatives, n_draws=50) == found
+
+
+def test_the_interval_of_an_area_is_that_of_drawing_groups() -> None:
+    rng = random.Random(0)
+    sides = [[[rng.gauss(mean, 1) for _ in range(rng.randint(1, 4))] for _ in range(12)] for mean in (1, 0)]
+    areas = []
+    for _ in range(1000):
+        drawn = [torch.tensor([score for group in rng.choices(side, k=len(side)) for score in group]) for side in sides]
+        areas.append(roc(*drawn).area)
+    low, high = torch.tensor(areas).quantile(torch.tensor([0.025, 0.975])).tolist()
+    found = clustered_area(*sides)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
+
+
+def test_an_area_of_one_has_a_width_and_one_without_a_side_is_nothing() -> None:
+    found = clustered_area([[2.0]] * 8, [[1.0, 1.5]] * 20)
+    assert (found.value, found.low, found.high) == (1.0, wilson(8, 8).low, 1.0)
+    assert str(clustered_area([[]], [[1.0]])) == "-"
 
 
 def test_a_roc_without_one_side_or_with_nan_is_refused() -> None:

@@ -8,11 +8,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from itd.gate import auroc
-from itd.metrics.intervals import NOTHING, Rate, drawn_sums, interval_of, wilson
+from itd.metrics.intervals import NOTHING, Rate, drawn_sums, interval_of, require_confidence, wilson
 
 NUDENET_THRESHOLDS = (0.2, 0.45, 0.6, 0.75)
 """Published numbers differ in their detector's threshold; all of them are reported."""
@@ -25,6 +26,15 @@ class Roc(NamedTuple):
     recall: Float[Tensor, " n"]
     false_positive_rate: Float[Tensor, " n"]
     area: float
+
+    def points(self, most: int = 100) -> list[tuple[float, float]]:
+        """Return (false-positive rate, recall) at the curve's corners, (0, 0) and (1, 1) too; of too many, every so many."""
+        xy = F.pad(torch.stack([self.false_positive_rate, self.recall], 1), (0, 0, 1, 0))
+        steps = xy.diff(dim=0)
+        turns = steps[:-1, 0] * steps[1:, 1] != steps[:-1, 1] * steps[1:, 0]
+        corners = xy[F.pad(turns, (1, 1), value=True)]
+        rows = torch.linspace(0, len(corners) - 1, min(most, len(corners))).round().long()
+        return [(x, y) for x, y in corners[rows].tolist()]
 
 
 def roc(positives: Float[Tensor, " n"], negatives: Float[Tensor, " m"]) -> Roc:
@@ -46,6 +56,50 @@ def reached(scores: Float[Tensor, " n"], thresholds: Float[Tensor, " m"]) -> Flo
     """Return the share of scores at or above each threshold."""
     below = torch.searchsorted(scores.sort().values, thresholds.contiguous())
     return (len(scores) - below).double() / len(scores)
+
+
+def clustered_area(
+    positives: Sequence[Sequence[float]],
+    negatives: Sequence[Sequence[float]],
+    confidence: float = 0.95,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> Rate:
+    """Return the area under the ROC of grouped scores, with the interval of a bootstrap over the groups of both sides.
+
+    It is the share of pairs in which the positive scores higher, ties by half; a draw weighs the groups' pairs by how often
+    both are drawn. Where all pairs agree, the Wilson interval of the number of groups on the smaller side stands in.
+
+    Raises:
+        ValueError: a confidence outside (0, 1).
+
+    >>> clustered_area([[3.0, 1.0]], [[2.0], [0.0]]).value
+    0.75
+    """
+    require_confidence(confidence)
+    sides = [[torch.tensor(group, dtype=torch.float64) for group in side if len(group)] for side in (positives, negatives)]
+    if not all(sides):
+        return NOTHING
+    sizes = [torch.tensor([len(group) for group in side]) for side in sides]
+    (high, low), owners = map(torch.cat, sides), [torch.arange(len(n)).repeat_interleave(n) for n in sizes]
+    pairs = (high[:, None] > low).double() + (high[:, None] == low).double() / 2
+    won = pairs.new_zeros(len(sizes[0]), len(low)).index_add_(0, owners[0], pairs)
+    won = pairs.new_zeros(len(sizes[0]), len(sizes[1])).index_add_(1, owners[1], won)
+    area, n = float(pairs.mean()), len(high) + len(low)
+    if area in (0.0, 1.0):
+        n_groups = min(map(len, sizes))
+        return Rate(area, *wilson(round(area * n_groups), n_groups, confidence)[1:3], n)
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (times_drawn(len(each), n_draws, generator) for each in sizes)
+    drawn = ((a @ won) * b).sum(1) / ((a @ sizes[0].double()) * (b @ sizes[1].double()))
+    return Rate(area, *interval_of(drawn, confidence), n)
+
+
+def times_drawn(n: int, n_draws: int, generator: torch.Generator) -> Float[Tensor, "draws n"]:
+    """Return how often each of n groups is among n drawn with repetition."""
+    picks = torch.randint(n, (n_draws, n), generator=generator)
+    ones = torch.ones_like(picks, dtype=torch.float64)
+    return torch.zeros_like(ones).scatter_add_(1, picks, ones)
 
 
 def harmonic_mean(*shares: float) -> float:
