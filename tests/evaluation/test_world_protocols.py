@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from itd.evaluation.general import General
 from itd.evaluation.identities import Identities
 from itd.evaluation.many import Many
 from itd.evaluation.minilm import MiniLM
+from itd.evaluation.results import Report
 from itd.evaluation.styles import Styles, style_sets
 from itd.evaluation.unsafe import Unsafe, silent_tags
 from itd.evaluation.world import CHUNK, Case, Drawn, Sight, World, leak_free_sets, leaky_sets, margin_of, require_no_leak
@@ -305,13 +307,29 @@ def test_synonyms_among_common_words_are_erased_with_the_names(tmp_path: Path, m
     assert report.metrics["name_refuse.explicit_detected"] == 0
 
 
-def test_an_interval_over_concepts_is_in_the_record(tmp_path: Path) -> None:
-    report = evaluate(None, SMALL["gate"], out=tmp_path)
-    assert isinstance(report.intervals["plain.recall"], Rate)
-    assert "calibration.fpr" in report.intervals
+@pytest.fixture
+def gate_alone(tmp_path: Path) -> Report:
+    return evaluate(None, SMALL["gate"], out=tmp_path)
+
+
+def test_an_interval_over_concepts_is_in_the_record(gate_alone: Report) -> None:
+    assert isinstance(gate_alone.intervals["plain.recall"], Rate)
+    assert {"calibration.fpr", "plain.auroc"} <= set(gate_alone.intervals)
     assert {"length+8.recall", "position.last.recall", "spelling.swap.fpr_kept", "nouns.3.auroc", "leaky.recall"} <= set(
-        report.metrics
+        gate_alone.metrics
     )
+
+
+def test_every_condition_of_the_gate_is_in_a_table_with_what_is_promised_and_has_a_curve(gate_alone: Report) -> None:
+    rows = {row["condition"]: row for section in gate_alone.sections for table in section.tables for row in table}
+    measured = {name.removesuffix(".auroc") for name in gate_alone.metrics if name.endswith(".auroc")} - {"calibration"}
+    assert {"bare", "count1", "count2", "leaky", "length+4", "position.first", "language.de"} <= measured == set(rows)
+    assert rows["plain"]["fpr_promised"] == gate_alone.intervals["calibration.fpr"]
+    assert rows["count1"]["fpr_promised"] != rows["plain"]["fpr_promised"], "it is that of the condition's own eraser"
+    assert all(section.plots for section in gate_alone.sections)
+    curves = gate_alone.record["roc"]
+    assert {name for name in rows if math.isfinite(rows[name]["auroc"].value)} == set(curves)
+    assert all(len(points) <= 100 and points[-1] == (1, 1) for points in curves.values())
 
 
 def test_drawn_pictures_come_back_in_the_range_of_the_pipeline() -> None:

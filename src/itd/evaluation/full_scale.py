@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from itd import report
 from itd.eraser import Eraser
+from itd.evaluation.conditions import promises
 from itd.evaluation.detectors import Clip, CommandDetector, Detector, NudeNet, clean_fid
-from itd.evaluation.gate import promises
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import eraser_record, pipeline_record
 from itd.evaluation.results import Measures, Report, Section

@@ -23,7 +23,7 @@ from itd.artifacts import CONFIG
 from itd.encoders import TextPipeline, load_minilm, load_text_encoder
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig, erase, vectors_of
-from itd.evaluation.gate import promises, roc_line
+from itd.evaluation.conditions import curve_line, promises
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import weights_sha256
 from itd.evaluation.public_prompts import TASKS, Deal, Material, TaskName, find_folder, load_material
@@ -534,7 +534,7 @@ def task_section(task: str, picked: Mapping[str, Any], results: Mapping[str, Mar
     names = list(results["leak_free"].rates)
     rows = [{"measure": name, **{leak: result.rates.get(name, "") for leak, result in results.items()}} for name in names]
     lines = [
-        roc_line(f"{leak}, {side}", result.positives, getattr(result, side))
+        curve_line(f"{leak}, {side}", roc(tensor(result.positives), tensor(getattr(result, side))))
         for leak, result in results.items()
         for side in ("kept", "general")
     ]
