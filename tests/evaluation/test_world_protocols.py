@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("tiny_world")
 SMALL: dict[str, Any] = {
     "identities": Identities((2,), 2, 2, 1, drawn_only=False), "styles": Styles(False, 2, ("twemoji",)),
     "unsafe": Unsafe(("axe", "bow"), 1, 1, 4),
-    "general": General(12, 2), "many": Many((1, 2), 2, 2, 1, 1, 4, 6, drawn_only=False), "gate": GateAlone(2, 2, (1, 2)),
+    "general": General(12, 2), "many": Many((1, 2), 2, 2, 1, 1, 4, 6, drawn_only=False), "gate": GateAlone(2, 2, (1, 2), 12),
 }  # fmt: skip
 
 
@@ -326,6 +326,7 @@ def test_every_condition_of_the_gate_is_in_a_table_with_what_is_promised_and_has
     assert {"bare", "count1", "count2", "leaky", "length+4", "position.first", "language.de"} <= measured == set(rows)
     assert rows["plain"]["fpr_promised"] == gate_alone.intervals["calibration.fpr"]
     assert rows["count1"]["fpr_promised"] != rows["plain"]["fpr_promised"], "it is that of the condition's own eraser"
+    assert {"general", "general.length+16"} <= {name for name, row in rows.items() if "fpr_general" in row}
     assert all(section.plots for section in gate_alone.sections)
     curves = gate_alone.record["roc"]
     assert {name for name in rows if math.isfinite(rows[name]["auroc"].value)} == set(curves)

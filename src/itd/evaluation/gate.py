@@ -12,6 +12,7 @@ from itd.emoji.prompts import filler_words
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.conditions import Condition, Sides, axis_section, changes, look, promises, prompts_of
+from itd.evaluation.general import General
 from itd.evaluation.identities import choose, sets_of, templates_free_of, test_prompts
 from itd.evaluation.results import Measures, Report
 from itd.evaluation.variants import LANGUAGES, PARAPHRASES, TRANSLATIONS
@@ -27,6 +28,10 @@ LEAD = (
 NOTES = {
     "Erased concepts": "All held-out sentences, by erasers of fewer concepts.",
     "Leaks": "All held-out sentences, by an eraser that was made from them.",
+    "General prompts": (
+        "Sentences and captions about nouns of which the eraser was told nothing, against erased names in all held-out "
+        "sentences; as they are, and with words around both."
+    ),
 }
 """What is said of axes that have erasers of their own."""
 
@@ -43,6 +48,8 @@ class GateAlone:
     """Held-out sentences per concept and condition."""
     counts: tuple[int, ...] = (1, 10, 50)
     """Numbers of erased concepts over which the gate is measured on the plain condition."""
+    n_general: int = 1000
+    """General prompts."""
     seed: int = 0
     """Of concepts and changes."""
     erase: EraseConfig = field(default_factory=EraseConfig)
@@ -53,8 +60,8 @@ class GateAlone:
             raise ValueError(f"counts must lie between 1 and n_erased = {self.n_erased}, got {self.counts}")
 
     def quick(self) -> GateAlone:
-        """Return the subsample: 10 and 10 concepts, 3 sentences."""
-        return replace(self, n_erased=10, n_templates=3, counts=(1, 10))
+        """Return the subsample: 10 and 10 concepts, 3 sentences, 100 general prompts."""
+        return replace(self, n_erased=10, n_templates=3, counts=(1, 10), n_general=100)
 
     def run(self, out: Path, pipe: Any = None, eraser: Eraser | None = None) -> Report:
         """Run in the embedded world, on its own erasers or on the one given."""
@@ -70,6 +77,7 @@ class GateAlone:
             found["Leaks"] = {"leaky": self.leaky(world, erased, kept)}
         plain = found["Wording"]["plain"]
         found = {axis: {"plain": plain, **sides} for axis, sides in found.items()}
+        found["General prompts"] = self.general(world, erased, eraser)
         measured = {name: sides for axis in found.values() for name, sides in axis.items()}
         measures = Measures()
         for name, sides in measured.items():
@@ -107,11 +115,27 @@ class GateAlone:
         }  # fmt: skip
 
     def measure(
-        self, world: World, eraser: Eraser, name: str, condition: Condition, erased: Sequence[str], kept: Sequence[str]
-    ) -> Sides:
+        self, world: World, eraser: Eraser, name: str, condition: Condition,
+        erased: Sequence[str], kept: Sequence[str], against: str = "kept",
+    ) -> Sides:  # fmt: skip
         """Let an eraser's gate decide under one condition."""
         hits, misses = (prompts_of(condition, names, f"{self.seed} {name}") for names in (erased, kept))
-        return look(lambda texts: world.margins(f"{self.name} {name}", eraser, texts), eraser, hits, misses)
+        return look(lambda texts: world.margins(f"{self.name} {name}", eraser, texts), eraser, hits, misses, against)
+
+    def general(self, world: World, erased: Sequence[str], eraser: Eraser | None) -> dict[str, Sides]:
+        """Measure general prompts, as they are and longer, by an eraser that heard of none of their nouns, or the one given."""
+        protocol = General(self.n_general, self.n_erased, seed=self.seed, erase=self.erase)
+        nouns = protocol.held_out(world)
+        cases = protocol.cases(world, nouns, erased)
+        made, in_all = eraser or protocol.make(world, erased, nouns).eraser, self.in_all(erased)
+        texts = {noun: [case.prompt for case in cases if case.noun == noun] for noun in nouns}
+
+        def said(name: str, rng: random.Random) -> list[str]:
+            return texts[name] if name in texts else in_all(name, rng)
+
+        longer = changes(world.pipe, said, filler_words(), (), 0)["Length"]
+        conditions = {"general": said, **{f"general.{name}": condition for name, condition in longer.items()}}
+        return {name: self.measure(world, made, name, each, erased, nouns, "general") for name, each in conditions.items()}
 
     def leaky(self, world: World, erased: Sequence[str], kept: Sequence[str]) -> Sides:
         """Measure all test sentences with an eraser that was made from the prompts it is measured on."""
