@@ -22,6 +22,7 @@ from itd.evaluation.public_prompts import (
     FILES,
     PAINTERS,
     PEOPLE,
+    REWORDED,
     TASKS,
     VARIABLE,
     deal_names,
@@ -30,6 +31,7 @@ from itd.evaluation.public_prompts import (
     load_material,
     mixed_names,
 )
+from itd.evaluation.variants import LANGUAGES
 from itd.gate import threshold_for_fpr
 from itd.prompts import PromptSet
 
@@ -138,6 +140,12 @@ def test_mixed_names_are_nobody() -> None:
     assert all(set(name.split()) & parts for name in mixed)
 
 
+def test_sentences_that_are_only_tested_are_in_no_earlier_split() -> None:
+    for frames, reworded in ((PEOPLE, REWORDED["celebrities"]), (PAINTERS, REWORDED["artists"])):
+        tested = {*reworded, *(frame for language in LANGUAGES.values() for frame in language)}
+        assert tested.isdisjoint(frame for part in frames.values() for frame in part)
+
+
 def test_half_of_the_kept_names_are_tested() -> None:
     dealt = deal_names([f"n{i}" for i in range(100)], 0)
     assert {part: len(names) for part, names in dealt.items()} == {"test": 50, "calibrate": 10, "choose": 10, "fit": 30}
@@ -239,6 +247,7 @@ def test_the_protocol_trains_chooses_tests_and_goes_on(
     picked = content["record"]["chosen"]["celebrities"]["candidate"]
     assert best in {trial["recall_at_bars"] for trial in trials if trial["candidate"] == picked}
     expected = {"leak_free.recall", "leak_free.probe.recall_at_bars", "leaky.recall", "bars_met"}
+    expected |= {"position.last.recall", "length+8.fpr_kept", "language.it.auroc", "spelling.two.auroc_general"}
     assert {f"celebrities.{name}" for name in expected} <= set(report.metrics)
     steps.clear()
     assert evaluate(None, protocol, out=tmp_path).metrics.keys() == report.metrics.keys()

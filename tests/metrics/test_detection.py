@@ -12,7 +12,13 @@ from reference import metrics as twin
 from sklearn.metrics import roc_auc_score
 
 from itd.metrics.detection import (
-    Detection, clustered_area, detection_sweep, gone_and_kept_rate, harmonic_mean, rank_bins, roc,
+    Detection,
+    clustered_area,
+    detection_sweep,
+    gone_and_kept_rate,
+    harmonic_mean,
+    rank_bins,
+    roc,
 )  # fmt: skip
 from itd.metrics.intervals import wilson
 

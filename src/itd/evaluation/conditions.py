@@ -28,13 +28,13 @@ COMPANIES = (2, 3, 4)
 
 Condition = Callable[[str, random.Random], list[str]]
 """Gives the prompts of one concept; none where it does not apply to it."""
+Axes = dict[str, dict[str, Condition]]
+"""Conditions by axis and name; one of them is `plain`."""
 MarginsOf = Callable[[list[str]], list[float]]
 """Gives score minus threshold of every prompt; at 0 and above the gate fires."""
 
 
-def changes(
-    pipe: Any, plain: Condition, words: Sequence[str], company: Sequence[str], n_placed: int
-) -> dict[str, dict[str, Condition]]:
+def changes(pipe: Any, plain: Condition, words: Sequence[str], company: Sequence[str], n_placed: int) -> Axes:
     """Return the changes that any name can have, by axis and condition.
 
     plain: gives the sentences that are changed; words: put around them; company: names put beside; n_placed: prompts per
@@ -123,6 +123,12 @@ def look(
 def by_concept(margins_of: MarginsOf, prompts: Mapping[str, list[str]]) -> list[list[float]]:
     found = iter(margins_of([text for texts in prompts.values() for text in texts]))
     return [[next(found) for _ in texts] for texts in prompts.values()]
+
+
+def along_axes(axes: Axes, measure: Callable[[str, Condition], Sides]) -> dict[str, dict[str, Sides]]:
+    """Measure all conditions; the plain one, from which they are changed, stands first on every axis."""
+    found = {name: measure(name, condition) for conditions in axes.values() for name, condition in conditions.items()}
+    return {axis: {name: found[name] for name in dict.fromkeys(("plain", *conditions))} for axis, conditions in axes.items()}
 
 
 # What the calibration promises

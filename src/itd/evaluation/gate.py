@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from itd.emoji.prompts import filler_words
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
-from itd.evaluation.conditions import Condition, Sides, axis_section, changes, look, promises, prompts_of
+from itd.evaluation.conditions import Axes, Condition, Sides, along_axes, axis_section, changes, look, promises, prompts_of
 from itd.evaluation.general import General
 from itd.evaluation.identities import choose, sets_of, templates_free_of, test_prompts
 from itd.evaluation.results import Measures, Report
@@ -68,15 +68,12 @@ class GateAlone:
         world = World(out, self.name, asdict(self), pipe, eraser=eraser)
         erased, kept = choose(world, self.n_erased, self.seed, eraser)
         made = Made(eraser, 0.0, 0) if eraser else world.eraser(self.name, sets_of(world, erased, kept), self.erase)
-        found = {
-            axis: {name: self.measure(world, made.eraser, name, each, erased, kept) for name, each in conditions.items()}
-            for axis, conditions in self.conditions(world, erased).items()
-        }
+        found = along_axes(
+            self.conditions(world, erased), lambda name, each: self.measure(world, made.eraser, name, each, erased, kept)
+        )
         if eraser is None:
             found["Erased concepts"] = self.by_count(world, erased, kept)
-            found["Leaks"] = {"leaky": self.leaky(world, erased, kept)}
-        plain = found["Wording"]["plain"]
-        found = {axis: {"plain": plain, **sides} for axis, sides in found.items()}
+            found["Leaks"] = {"plain": found["Wording"]["plain"], "leaky": self.leaky(world, erased, kept)}
         found["General prompts"] = self.general(world, erased, eraser)
         measured = {name: sides for axis in found.values() for name, sides in axis.items()}
         measures = Measures()
@@ -90,7 +87,7 @@ class GateAlone:
         sections = tuple(axis_section(axis, sides, NOTES.get(axis, "")) for axis, sides in found.items())
         return Report(self.name, "The gate alone", LEAD, measures.values, measures.intervals, record, sections)
 
-    def conditions(self, world: World, erased: Sequence[str]) -> dict[str, dict[str, Condition]]:
+    def conditions(self, world: World, erased: Sequence[str]) -> Axes:
         """Return the conditions by axis and name."""
         templates = templates_free_of(erased)
 

@@ -20,23 +20,36 @@ from torch import Tensor
 from itd import pipelines
 from itd.activations import ActivationStore, record
 from itd.artifacts import CONFIG
+from itd.emoji.prompts import filler_words
 from itd.encoders import TextPipeline, load_minilm, load_text_encoder
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig, erase, vectors_of
-from itd.evaluation.conditions import curve_line, promises
+from itd.evaluation.conditions import (
+    Axes,
+    Condition,
+    Sides,
+    along_axes,
+    axis_section,
+    changes,
+    curve_line,
+    look,
+    promises,
+    prompts_of,
+)
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import weights_sha256
-from itd.evaluation.public_prompts import TASKS, Deal, Material, TaskName, find_folder, load_material
+from itd.evaluation.public_prompts import REWORDED, TASKS, Deal, Material, TaskName, find_folder, load_material
 from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.variants import LANGUAGES
 from itd.evaluation.world import Made, Sets, deal, digest_of, gate_margins
 from itd.gate import ScoreName, threshold_for_fpr
 from itd.hooks import HookPoint
-from itd.metrics.detection import roc
+from itd.metrics.detection import clustered_area, roc
 from itd.metrics.intervals import Rate, clustered_rate, rate
 from itd.metrics.reconstruction import reconstruction_of
 from itd.plots import line_plot
 from itd.pooled import PooledGate
-from itd.prompts import PromptSet, check_leaks
+from itd.prompts import PromptSet, check_leaks, fill
 from itd.retained import Retained
 from itd.sae import SAE, SAEConfig
 from itd.training import TrainConfig, train
@@ -174,7 +187,7 @@ class MiniLM:
         }  # fmt: skip
         ledger = Ledger(out / "cells", {"protocol": self.name, **facts})
         bench = Bench(out, text, ledger, training_prompts(materials.values()), self)
-        measures, sections, chosen = Measures(), [], {}
+        measures, sections, chosen, curves = Measures(), [], {}, {}
         for task, material in materials.items():
             require_separate(material)
             picked = bench.choose(material)
@@ -184,8 +197,19 @@ class MiniLM:
                 measures.add_all(f"{task}.{name}", result.rates)
             measures.add(f"{task}.bars_met", float(meets(results["leak_free"].rates, material)))
             sections.append(task_section(task, picked, results))
+            changed = bench.changed(material, picked)
+            sections += [axis_section(f"{task}: {axis}", sides) for axis, sides in changed.items()]
+            measured = {name: sides for axis in changed.values() for name, sides in axis.items()}
+            for name, sides in measured.items():
+                measures.add_all(f"{task}.{name}", sides.rates)
+                area = clustered_area(sides.positives, [[margin] for margin in results["leak_free"].general])
+                measures.add(f"{task}.{name}.auroc_general", area)
+            curves[task] = {name: sides.curve.points() for name, sides in measured.items() if sides.curve}
         measures.add_all("sae", bench.qualities())
-        record = {**facts, "bars": BARS, "chosen": chosen, "prompts_folder_files": sorted(p.name for p in folder.glob("*.csv"))}
+        record = {
+            **facts, "bars": BARS, "chosen": chosen, "roc": curves,
+            "prompts_folder_files": sorted(p.name for p in folder.glob("*.csv")),
+        }  # fmt: skip
         return Report(self.name, "The gate on MiniLM", LEAD, measures.values, measures.intervals, record, tuple(sections))
 
 
@@ -388,13 +412,33 @@ class Bench:
 
         return {fpr: row for fpr, row in self.ledger.cell(key, measure)}
 
-    def test(self, material: Material, picked: Mapping[str, Any]) -> Margins:
-        """Make the eraser that was picked and look at the test prompts."""
+    def leak_free(self, material: Material, picked: Mapping[str, Any]) -> Made:
+        """Make the eraser that was picked."""
         candidate, config = Candidate(**picked["candidate"]), EraseConfig(**picked["config"])
-        made = self.eraser(f"{material.task} leak-free", candidate, self.sets(material), config)
+        return self.eraser(f"{material.task} leak-free", candidate, self.sets(material), config)
+
+    def test(self, material: Material, picked: Mapping[str, Any]) -> Margins:
+        """Look at the test prompts with the eraser that was picked."""
+        made = self.leak_free(material, picked)
         found = self.measure(f"{material.task} leak-free", made, material, "test")
         more = promises(made.eraser) | {"eraser_kb": made.n_bytes / 1024} | self.probe(material)
         return replace(found, rates=found.rates | more)
+
+    def changed(self, material: Material, picked: Mapping[str, Any]) -> dict[str, dict[str, Sides]]:
+        """Look at the tested names in changed sentences, by axis and condition; a task without names has none."""
+        if material.task not in REWORDED:
+            return {}
+        eraser = self.leak_free(material, picked).eraser
+
+        def measure(name: str, condition: Condition) -> Sides:
+            hits, misses = (
+                prompts_of(condition, side["test"].concepts, f"{self.protocol.seed} {name}")
+                for side in (material.target, material.kept)
+            )
+            key = f"{material.task} leak-free {name}"
+            return look(lambda texts: gate_margins(self.ledger, key, eraser, self.pipe, texts), eraser, hits, misses)
+
+        return along_axes(name_axes(self.pipe, material), measure)
 
     def probe(self, material: Material) -> dict[str, Rate | float]:
         """Return what a linear probe reaches on the test prompts: how much the encoder's output tells at all.
@@ -443,6 +487,24 @@ class Bench:
             name = f"layer{candidate.layer}_{candidate.n_latents}_{candidate.k}"
             found |= {f"{name}.{key}": float(value) for key, value in values.items()}
         return found
+
+
+def name_axes(pipe: TextPipeline, material: Material) -> Axes:
+    """Return the public set's own sentences and what changes them, by axis; kept names are put beside."""
+    target, kept = material.target["test"], material.kept["test"]
+    parts = {word.lower() for name in (*target.concepts, *kept.concepts) for word in name.split()}
+    words = [word for word in filler_words() if word not in parts]
+    frames = list(dict.fromkeys(prompt.template for prompt in target if prompt.template))
+
+    def said(frames: Sequence[str]) -> Condition:
+        return lambda name, _: [fill(frame, name) for frame in frames]
+
+    plain = said(frames)
+    return {
+        "Wording": {"plain": plain, "paraphrase": said(REWORDED[material.task])},
+        **changes(pipe, plain, words, kept.concepts, len(frames)),
+        "Languages": {f"language.{language}": said(LANGUAGES[language]) for language in LANGUAGES},
+    }
 
 
 def smallest_rate(recalls: Mapping[float, float]) -> float:
