@@ -122,7 +122,7 @@ class GateAlone:
     def general(self, world: World, erased: Sequence[str], eraser: Eraser | None) -> dict[str, Sides]:
         """Measure general prompts, as they are and longer, by an eraser that heard of none of their nouns, or the one given."""
         protocol = General(self.n_general, self.n_erased, seed=self.seed, erase=self.erase)
-        nouns = protocol.held_out(world)
+        nouns = protocol.held_out(world, erased)
         cases = protocol.cases(world, nouns, erased)
         made, in_all = eraser or protocol.make(world, erased, nouns).eraser, self.in_all(erased)
         texts = {noun: [case.prompt for case in cases if case.noun == noun] for noun in nouns}
