@@ -18,7 +18,7 @@ from benchmarks.rivals.task import Maker, Rival, Task
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.results import Measures, Report, Section
 from itd.metrics.detection import gone_and_kept_draws, gone_and_kept_rate
-from itd.metrics.intervals import Rate, drawn_sums, interval_of, rate
+from itd.metrics.intervals import Rate, drawn_sums, interval_of, rate, value_of
 
 UNCHANGED = 2 / 255
 """A picture is unchanged if no value differs by more than this: what rounding in another batch does not reach."""
@@ -186,10 +186,6 @@ def counts_of(
     erased = [[sum(group), len(group)] for group in flags["shown_erased"]]
     kept = [[sum(after), sum(bare)] for after, bare in zip(flags["shown_kept"], before, strict=True)]
     return torch.tensor(erased).double(), torch.tensor(kept).double()
-
-
-def value_of(value: Rate | float) -> float:
-    return value.value if isinstance(value, Rate) else value
 
 
 def winners_of(

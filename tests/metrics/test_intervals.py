@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binomtest
 
 from itd.gate import threshold_for_fpr
-from itd.metrics.intervals import clustered_rate, conformal_interval, drawn_sums, mean_rate, rate, wilson
+from itd.metrics.intervals import clustered_rate, conformal_interval, drawn_sums, mean_rate, rate, rate_by, value_of, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 5), (1, 5), (5, 5), (37, 100), (999, 1000)])
@@ -94,3 +94,14 @@ def test_the_conformal_interval_covers_the_true_rate_as_often_as_it_says() -> No
 def test_the_conformal_interval_refuses_impossible_counts(n: int, reached: int) -> None:
     with pytest.raises(ValueError, match="calibration scores"):
         conformal_interval(n, reached)
+
+
+def test_a_rate_by_key_is_over_groups_and_of_one_group_over_its_flags() -> None:
+    flags = [True, True, False, False]
+    assert rate_by("aabb", flags) == clustered_rate([[True, True], [False, False]])
+    assert rate_by("aaaa", flags) == rate(flags)
+    assert rate_by("", []).n == 0
+
+
+def test_a_measure_is_its_value_with_or_without_an_interval() -> None:
+    assert value_of(rate([True, False])) == value_of(0.5) == 0.5

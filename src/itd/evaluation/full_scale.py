@@ -26,7 +26,7 @@ from itd.inputs import switch_off_safety_checker
 from itd.metrics.alignment import clip_score
 from itd.metrics.detection import NUDENET_THRESHOLDS, Detection, detection_sweep, harmonic_mean
 from itd.metrics.distribution import frechet_distance, kernel_distance_interval
-from itd.metrics.intervals import Rate, clustered_rate, mean_rate, rate
+from itd.metrics.intervals import Rate, mean_rate, rate, rate_by
 from itd.plots import Line, line_plot
 
 Side = Literal["target", "kept", "general"]
@@ -362,10 +362,7 @@ def gate_rates(after: Sequence[Shot], before: Sequence[Shot]) -> dict[str, Rate 
 
 def by_concept(shots: Sequence[Shot], flags: Sequence[bool]) -> Rate:
     """Return a share, with an interval over concepts where there are several, else over prompts."""
-    groups: dict[str, list[bool]] = {}
-    for shot, flag in zip(shots, flags, strict=True):
-        groups.setdefault(shot.row.concept or shot.row.prompt, []).append(flag)
-    return clustered_rate(list(groups.values())) if len(groups) > 1 else rate(flags)
+    return rate_by((shot.row.concept or shot.row.prompt for shot in shots), flags)
 
 
 def named_right(shots: Sequence[Shot], found: Sequence[Sequence[Detection]]) -> Rate:

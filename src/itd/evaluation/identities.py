@@ -32,7 +32,7 @@ from itd.evaluation.world import (
     unsure_below,
 )  # fmt: skip
 from itd.metrics.detection import gone_and_kept_rate, rank_bins
-from itd.metrics.intervals import Rate, clustered_rate, rate
+from itd.metrics.intervals import Rate, rate, rate_by, value_of
 from itd.plots import Line, line_plot
 from itd.prompts import PromptSet, fill
 from itd.templates import TEMPLATES, templates_without
@@ -162,7 +162,9 @@ class Outcome(NamedTuple):
     @property
     def damage_record(self) -> list[dict[str, Any]]:
         """The damage by distance as plain values."""
-        return [{key: value.value if isinstance(value, Rate) else value for key, value in row.items()} for row in self.damage]
+        return [
+            {key: value_of(value) if isinstance(value, Rate) else value for key, value in row.items()} for row in self.damage
+        ]
 
 
 def measure(
@@ -182,10 +184,7 @@ def measure(
 
 def by_concept(flags: Sequence[bool], drawn: Drawn, rows: Sequence[int]) -> Rate:
     """Return the share of true flags, with an interval over concepts."""
-    groups: dict[str, list[bool]] = {}
-    for i in rows:
-        groups.setdefault(drawn.cases[i].noun, []).append(flags[i])
-    return clustered_rate(list(groups.values()))
+    return rate_by((drawn.cases[i].noun for i in rows), (flags[i] for i in rows))
 
 
 def accuracies(

@@ -18,7 +18,7 @@ from itd.evaluation.identities import Outcome, measure, sets_of, templates_free_
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import DETECTOR, Case, Made, World, sample
-from itd.metrics.intervals import Rate, rate
+from itd.metrics.intervals import Rate, rate, value_of
 from itd.plots import Line, line_plot
 from itd.prompts import fill
 
@@ -169,13 +169,10 @@ def kept_pictures(world: World, result: Outcome) -> dict[str, Rate | float]:
 def plots(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return quality, and costs in units of their largest, against the count."""
 
-    def value(row: dict[str, Any], name: str) -> float:
-        return row[name].value if isinstance(row[name], Rate) else float(row[name])
-
     def lines(names: Sequence[str], relative: bool) -> list[Line]:
-        top = {name: max(value(row, name) for row in rows) or 1.0 if relative else 1.0 for name in names}
+        top = {name: max(value_of(row[name]) for row in rows) or 1.0 if relative else 1.0 for name in names}
         named = {name: f"{name} (1 = {top[name]:.3g})" if relative else name for name in names}
-        return [Line(named[n], [(float(row["erased"]), value(row, n) / top[n]) for row in rows]) for n in names]
+        return [Line(named[n], [(float(row["erased"]), value_of(row[n]) / top[n]) for row in rows]) for n in names]
 
     options: dict[str, Any] = {"x_log": True, "y_range": (0, 1)}
     return [

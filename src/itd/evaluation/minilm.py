@@ -45,7 +45,7 @@ from itd.evaluation.world import Made, Sets, deal, digest_of, gate_margins
 from itd.gate import ScoreName, threshold_for_fpr
 from itd.hooks import HookPoint
 from itd.metrics.detection import clustered_area, roc
-from itd.metrics.intervals import Rate, clustered_rate, rate
+from itd.metrics.intervals import Rate, rate, rate_by, value_of
 from itd.metrics.reconstruction import reconstruction_of
 from itd.plots import line_plot
 from itd.pooled import PooledGate
@@ -336,7 +336,7 @@ class Bench:
             made = Made(erase(self.pipe, self.sae(candidate), candidate.site, target, retained, config=config), 0.0, 0)
             found = self.measure(key, made, material, "choose")
             calibrate = self.margins(f"{key} calibrate", made.eraser, merged(material, "calibrate"))
-            values = {name: value.value if isinstance(value, Rate) else value for name, value in found.rates.items()}
+            values = {name: value_of(value) for name, value in found.rates.items()}
             return {
                 "candidate": asdict(candidate), "config": asdict(config), **values, "calibrate": calibrate,
                 "positives": list(found.positives), "kept": list(found.kept),
@@ -552,10 +552,7 @@ def tensor(values: Sequence[float]) -> Tensor:
 
 def clustered(prompts: PromptSet, margins: Sequence[float]) -> Rate:
     """Return the share that fires, with an interval over concepts; a prompt without a concept is its own."""
-    groups: dict[str, list[bool]] = {}
-    for prompt, margin in zip(prompts, margins, strict=True):
-        groups.setdefault(prompt.concept or prompt.text, []).append(margin >= 0)
-    return rate(margin >= 0 for margin in margins) if len(groups) < 2 else clustered_rate(list(groups.values()))
+    return rate_by((prompt.concept or prompt.text for prompt in prompts), (margin >= 0 for margin in margins))
 
 
 def share(margins: Sequence[float], threshold: float) -> float:
@@ -583,12 +580,8 @@ def rates_apart(n: int, most: float) -> list[float]:
 def meets(rates: Mapping[str, Rate | float], material: Material) -> bool:
     """Tell whether all bars are met, the one on general prompts by every source."""
 
-    def value(name: str) -> float:
-        found = rates[name]
-        return found.value if isinstance(found, Rate) else found
-
-    shares = {name: value(f"fpr_{name}") for name in ("kept", *material.general)}
-    return within_bars(shares, material) and value("recall") >= BARS["recall"]
+    shares = {name: value_of(rates[f"fpr_{name}"]) for name in ("kept", *material.general)}
+    return within_bars(shares, material) and value_of(rates["recall"]) >= BARS["recall"]
 
 
 def task_section(task: str, picked: Mapping[str, Any], results: Mapping[str, Margins]) -> Section:

@@ -11,7 +11,7 @@ from typing import Any
 from itd import report
 from itd.artifacts import versions
 from itd.evaluation.ledger import plain_json, write_json
-from itd.metrics.intervals import Rate
+from itd.metrics.intervals import Rate, value_of
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -31,7 +31,7 @@ class Measures:
         """
         if name in self.values:
             raise ValueError(f"the measure {name!r} is there already")
-        self.values[name] = float(value.value if isinstance(value, Rate) else value)
+        self.values[name] = value_of(value)
         if isinstance(value, Rate):
             self.intervals[name] = value
 

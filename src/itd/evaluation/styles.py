@@ -17,7 +17,7 @@ from itd.erasing import PRESETS, EraseConfig
 from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import DETECTOR, Case, Drawn, Leak, Made, Sets, Sight, World, deal, leak_free_sets, sample
-from itd.metrics.intervals import NOTHING, Rate, mean_rate, rate
+from itd.metrics.intervals import NOTHING, Rate, mean_rate, rate, value_of
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, check_leaks
 
@@ -184,10 +184,6 @@ def style_measures(seen: tuple[Sight, Sight], before: Drawn, after: Drawn, erase
     }  # fmt: skip
     unerased = style(0, stay).value
     return found | {"style_kept_relative": style(1, stay).value / unerased if unerased else float("nan")}
-
-
-def value_of(value: Rate | float) -> float:
-    return value.value if isinstance(value, Rate) else value
 
 
 def averages(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -25,6 +26,11 @@ class Rate(NamedTuple):
 
 
 NOTHING = Rate(math.nan, math.nan, math.nan, 0)
+
+
+def value_of(measure: Rate | float) -> float:
+    """Return a measure without its interval."""
+    return measure.value if isinstance(measure, Rate) else float(measure)
 
 
 def require_confidence(confidence: float) -> None:
@@ -83,6 +89,14 @@ def clustered_rate(groups: Sequence[Sequence[bool]], confidence: float = 0.95, n
     drawn = drawn_sums(counts, n_draws, seed)
     low, high = interval_of(drawn[:, 0] / drawn[:, 1], confidence)
     return Rate(value, low, high, n)
+
+
+def rate_by(keys: Iterable[str], flags: Iterable[bool]) -> Rate:
+    """Return the share of true flags, with an interval over the groups of one key; of a single group, Wilson's."""
+    groups: dict[str, list[bool]] = {}
+    for key, flag in zip(keys, flags, strict=True):
+        groups.setdefault(key, []).append(flag)
+    return clustered_rate(list(groups.values())) if len(groups) > 1 else rate(chain(*groups.values()))
 
 
 def drawn_sums(counts: Float[Tensor, "groups k"], n_draws: int = 2000, seed: int = 0) -> Float[Tensor, "draws k"]:
