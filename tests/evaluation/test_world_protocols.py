@@ -68,6 +68,8 @@ def test_a_protocol_runs_reports_and_goes_on_without_drawing_again(
     assert all(value is None or isinstance(value, float | int) for value in content["metrics"].values())
     if name == "many":
         assert content["intervals"]["n2.gate_fpr_captions"]["n"] == 6
+        damage = report.markdown().split("| concepts erased | fifth |")[1].splitlines()[2:6]
+        assert [row[:9] for row in damage] == ["| 1 | 1 |", "| 1 | 2 |", "| 2 | 1 |", "| 2 | 2 |"]
         assert {"n1.clip_score_kept", "n2.fid_judge_kept_unerased", "n2.damage1_erased"} <= set(content["metrics"])
     if name == "identities":
         fifths = content["record"]["arms"]["erase2.leak_free"]["damage"]

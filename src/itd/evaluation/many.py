@@ -97,7 +97,7 @@ class Many:
             measures.add_all(f"n{count}", found)
             rows.append({"erased": count, **{name: found[name] for name in (*SHOWN, *COSTS)}})
             kept_rows.append({"erased": count, **{name: found[name] for name in KEPT}})
-            damage += [{"erased": count, **row} for row in result.damage]
+            damage += [{"concepts erased": count, **row} for row in result.damage]
             chosen = spread(result.erased, 6) + spread(result.kept, 6)
             pictures = pair_figures(world, result.before, result.after, made.eraser, chosen)
             sections.append(Section(f"{count} erased", figures=pictures))
