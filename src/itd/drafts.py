@@ -233,7 +233,4 @@ def drafts_of(pipe: Any, prompts: Sequence[str]) -> Float[Tensor, "prompts d"]:
 
 def states_of(pipe: Any, prompts: Sequence[str]) -> Float[Tensor, "prompts tokens d_text"]:
     """Return the text states of prompts, as the image model gets them."""
-    encoder: Any = pipelines.encoder_of(pipe, ENCODER)
-    tokens = pipelines.tokenize(pipe, ENCODER, prompts)
-    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(encoder.device)
-    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+    return pipelines.run_encoder(pipe, ENCODER, pipelines.tokenize(pipe, ENCODER, prompts))[0]

@@ -181,9 +181,8 @@ def decide_whole(eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[Deci
             out.extend(erased.decisions)
             return erased.x
 
-        mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
         with edit_output(site.resolve(pipe), edit):
-            output = encoder(tokens.input_ids.to(device), attention_mask=mask)
+            output = pipelines.run_encoder(pipe, site.encoder, tokens)
         for meanings in meanings_of(eraser, pipe, output):
             first = [d.with_meaning(meaning) for d, meaning in zip(first, meanings, strict=True)]
         decisions += first

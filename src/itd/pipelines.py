@@ -177,13 +177,18 @@ def begin_token(tokenizer: Any) -> int | None:
     return None if begin == tokenizer.eos_token_id else begin
 
 
+def run_encoder(pipe: Any, encoder: str, tokens: Tokens) -> Any:
+    """Return what the whole text encoder says of tokens, wherever it is."""
+    module = encoder_of(pipe, encoder)
+    device = next(module.parameters()).device
+    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
+    return module(tokens.input_ids.to(device), attention_mask=mask)
+
+
 @torch.no_grad()
 def activations(pipe: Any, site: HookPoint, tokens: Tokens) -> Float[Tensor, "batch tokens d_model"]:
     """Run the encoder up to the hook point and return its output there."""
-    encoder = encoder_of(pipe, site.encoder)
-    device = next(encoder.parameters()).device
-    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
-    return run_up_to(site.resolve(pipe), lambda: encoder(tokens.input_ids.to(device), attention_mask=mask))
+    return run_up_to(site.resolve(pipe), lambda: run_encoder(pipe, site.encoder, tokens))
 
 
 def pooled_output(output: Any) -> Float[Tensor, "batch d"] | None:
@@ -199,16 +204,14 @@ def pooled_embeddings(pipe: Any, encoder: str, prompts: Sequence[str]) -> Float[
     Raises:
         ValueError: the encoder has no pooled output.
     """
-    module: Any = encoder_of(pipe, encoder)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: list[Tensor] = []
     starts = range(0, len(prompts), BATCH)
     for start in tqdm(starts, desc="pooled embeddings", unit="batch", leave=False, disable=len(starts) < 12):
         tokens = tokenize_short(pipe, encoder, [prompts[i] for i in order[start : start + BATCH]])
-        mask = None if tokens.attention_mask is None else tokens.attention_mask.to(module.device)
-        embedding = pooled_output(module(tokens.input_ids.to(module.device), attention_mask=mask))
+        embedding = pooled_output(run_encoder(pipe, encoder, tokens))
         if embedding is None:
-            raise ValueError(f"{encoder} ({type(module).__name__}) has no pooled output")
+            raise ValueError(f"{encoder} ({type(encoder_of(pipe, encoder)).__name__}) has no pooled output")
         found.append(embedding.float().cpu())
     return torch.cat(found)[torch.tensor(order).argsort()]
 
@@ -226,8 +229,6 @@ def fingerprint(pipe: Any, site: HookPoint) -> Float[Tensor, " d_model"]:
 @torch.no_grad()
 def last_state(pipe: Any, encoder: str) -> Float[Tensor, " d"]:
     """Return what the whole text encoder says of a fixed prompt: its last content token's state, or its embedding; fp32."""
-    module, tokens = encoder_of(pipe, encoder), tokenize_short(pipe, encoder, [PROBE])
-    device = next(module.parameters()).device
-    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
-    said = module(tokens.input_ids.to(device), attention_mask=mask)[0][0].float().cpu()
+    tokens = tokenize_short(pipe, encoder, [PROBE])
+    said = run_encoder(pipe, encoder, tokens)[0][0].float().cpu()
     return said[int(content_end(tokens.input_ids, tokenizer_of(pipe, encoder))[0]) - 1] if said.ndim > 1 else said
