@@ -56,6 +56,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor], header: str = "") -> str:
+    """Return one hash of named tensors' bits, in whatever order they are given, and of a text before them."""
+    found = hashlib.sha256(header.encode())
+    for name, value in sorted(tensors.items()):
+        found.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 # Reading text and JSON
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from itd.artifacts import CONFIG, read_config, read_tensors, reading, require_keys, save_artifact
+from itd.artifacts import CONFIG, read_config, read_tensors, reading, require_keys, save_artifact, tensors_sha256
 from itd.discriminants import Discriminants
 from itd.drafts import DraftGate
 from itd.early_exit import EarlyExit, Reached
@@ -382,10 +381,7 @@ class Eraser:
     @property
     def sha256(self) -> str:
         """One hash of all that decides and edits, the autoencoder's included: erasers that share it do the same."""
-        found = hashlib.sha256(json.dumps([self.sae.sha256, self.settings], sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors.items()):
-            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
+        return tensors_sha256(self.tensors, json.dumps([self.sae.sha256, self.settings], sort_keys=True))
 
     @classmethod
     def load(cls, folder: str | Path, sae: SAE | None = None) -> Eraser:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
+from itd.artifacts import tensors_sha256
 from itd.eraser import Eraser
 
 
 def weights_sha256(module: nn.Module) -> str:
     """Return one hash for all parameters and buffers of a network."""
-    found = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return tensors_sha256(module.state_dict())
 
 
 def pipeline_record(pipe: Any) -> dict[str, Any]:
