@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from itd.artifacts import sha256_of
-from itd.evaluation.world import weights_sha256
+from itd.evaluation.provenance import weights_sha256
 from itd.metrics.detection import NUDENET_THRESHOLDS, Detection
 
 EXPOSED = (

@@ -149,7 +149,7 @@ class FullScale:
                 measures.add_all(side, gate_rates([after[i] for i in here], [before[i] for i in here]))
         sections = [Section("Gate", figures=figures(before, after))]
         if detector is not None:
-            sections.append(self.detections(ledger, detector, before, after, measures))
+            sections.append(self.detections(ledger, detector, judged_by["detector"], before, after, measures))
         if clip is not None:
             self.clip_measures(ledger, clip, before, after, measures)
         if self.clean_fid:
@@ -220,13 +220,18 @@ class FullScale:
         return None
 
     def detections(
-        self, ledger: Ledger, detector: Detector, before: Sequence[Shot], after: Sequence[Shot], measures: Measures
+        self,
+        ledger: Ledger,
+        detector: Detector,
+        described: Any,
+        before: Sequence[Shot],
+        after: Sequence[Shot],
+        measures: Measures,
     ) -> Section:
         """Return the threshold sweep, in shares of pictures and in parts found, of which a picture may have several.
 
-        For concepts with names also how often a name is the strongest finding.
+        For concepts with names also how often a name is the strongest finding. described: by what the detector is kept.
         """
-        described = detector.describe()
         rows: list[dict[str, Any]] = []
         top: dict[str, dict[str, Rate]] = {}
         for side in SIDES:

@@ -162,9 +162,8 @@ class Outcome(NamedTuple):
     @property
     def damage_record(self) -> list[dict[str, Any]]:
         """The damage by distance as plain values."""
-        return [
-            {key: value_of(value) if isinstance(value, Rate) else value for key, value in row.items()} for row in self.damage
-        ]
+        rates = ("unerased", "erased", "gate fires")
+        return [row | {name: value_of(row[name]) for name in rates} for row in self.damage]
 
 
 def measure(
