@@ -179,10 +179,9 @@ def begin_token(tokenizer: Any) -> int | None:
 
 def run_encoder(pipe: Any, encoder: str, tokens: Tokens) -> Any:
     """Return what the whole text encoder says of tokens, wherever it is."""
-    module = encoder_of(pipe, encoder)
-    device = next(module.parameters()).device
-    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
-    return module(tokens.input_ids.to(device), attention_mask=mask)
+    module: Any = encoder_of(pipe, encoder)
+    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(module.device)
+    return module(tokens.input_ids.to(module.device), attention_mask=mask)
 
 
 @torch.no_grad()
