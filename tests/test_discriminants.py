@@ -171,6 +171,17 @@ def test_an_added_concept_gets_its_direction(pipe: Any, sae: SAE, kind: str) -> 
     assert torch.equal(gate_of(more, kind).directions[0], gate_of(made, kind).directions[0])
 
 
+def test_many_concepts_share_the_rate_of_as_many_as_may_have_it_each(pipe: Any, sae: SAE, kind: str) -> None:
+    kept = Retained.make(pipe, sae, SITE, OTHER_NOUNS)
+    config = replace(settings(kind), full_rates=1, **{f"{kind}_fpr": 0.5})
+    made = erase(pipe, sae, SITE, prompts_of("cat"), kept, config=config)
+    more = add_concepts(made, pipe, prompts_of("boat"), kept)
+    both = erase(pipe, sae, SITE, prompts_of("cat") + prompts_of("boat"), kept, config=config)
+    assert [record[kind]["rule"].split(",")[1] for record in (*more.records, *both.records)] == [
+        " fpr=0.5", " fpr=0.25", " fpr=0.25",
+    ]  # fmt: skip
+
+
 def test_altered_weights_of_the_gate_are_noticed(pipe: Any, saved_sae: SAE, tmp_path: Path, kind: str) -> None:
     erase(pipe, saved_sae, SITE, prompts_of("cat"), OTHER_NOUNS, config=settings(kind)).save(tmp_path)
     text = (tmp_path / "config.json").read_text()

@@ -389,8 +389,9 @@ def test_nan_activations_are_an_error(pipe: Any, sae: SAE, site: HookPoint) -> N
     [
         ({"selection": "typo"}, r"selection must be one of \('fisher', 'token', 'evidence', 'difference'\), got 'typo'"),
         ({"calibration": "typo"}, r"calibration must be one of \('apart', 'shared'\), got 'typo'"),
-        ({"n_features": 0}, "n_features and k_sel must be at least 1, got 0 and 128"),
-        ({"k_sel": -1}, "n_features and k_sel must be at least 1, got 256 and -1"),
+        ({"n_features": 0}, "n_features must be at least 1, got 0"),
+        ({"k_sel": -1}, "k_sel must be at least 1, got -1"),
+        ({"full_rates": 0}, "full_rates must be at least 1, got 0"),
         ({"pooled_part_way": 0.0}, "pooled_part_way must be more than 0 and at most 1, got 0.0"),
         ({"n_edited": 0}, "n_edited must be at least 1, or None for all features; got 0"),
         ({"score": "typo"}, r"score must be one of \('evidence', 'contribution', 'reconstruction'\), got 'typo'"),

@@ -126,6 +126,9 @@ class EraseConfig:
     picture_looks: tuple[str, ...] = ()
     """Further looks of these, such as "watercolor style" or "low-poly 3D render", put behind the prompts: the gate then knows a
     concept in more ways than its own prompts draw it in. Draws each of the concepts' prompts once more."""
+    full_rates: int = 20
+    """Up to so many concepts, `pooled_fpr`, `draft_fpr` and `picture_fpr` are the rates of each; more share what so many have,
+    as these gates' false positives add up."""
     seed: int = 0
     """Of the split of prompts that carry none."""
 
@@ -149,14 +152,23 @@ class EraseConfig:
         if isinstance(self.picture_looks, str) or not all(self.picture_looks):
             raise ValueError(f"picture_looks must be phrases, each of some words, got {self.picture_looks!r}")
         object.__setattr__(self, "picture_looks", tuple(self.picture_looks))
-        if self.n_features < 1 or self.k_sel < 1:
-            raise ValueError(f"n_features and k_sel must be at least 1, got {self.n_features} and {self.k_sel}")
+        for name in ("n_features", "k_sel", "full_rates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.pooled_part_way <= 1:
             raise ValueError(f"pooled_part_way must be more than 0 and at most 1, got {self.pooled_part_way}")
         if self.n_edited is not None and self.n_edited < 1:
             raise ValueError(f"n_edited must be at least 1, or None for all features; got {self.n_edited}")
         if self.picture_steps is not None and self.picture_steps < 1:
             raise ValueError(f"picture_steps must be at least 1, or None for the pipeline's own; got {self.picture_steps}")
+
+    def shared(self, fpr: float, n_concepts: int) -> float:
+        """Return the rate of each concept where a gate with this rate has so many of them.
+
+        >>> [EraseConfig(full_rates=20).shared(0.02, n) for n in (1, 20, 50)]
+        [0.02, 0.02, 0.008]
+        """
+        return fpr * min(1, self.full_rates / n_concepts)
 
     @property
     def is_apart(self) -> bool:
@@ -240,7 +252,7 @@ def erase(
         anchor_activations(pipe, site, settings.anchor), (record,), kept.stats(settings.k_sel).often(),
     )  # fmt: skip
     require_harmless(eraser, pipe)  # before the image model is asked, which takes long
-    gates, does = more_gates(pipe, site, positive, kept, settings)
+    gates, does = more_gates(pipe, site, positive, kept, settings, len(positive.concepts))
     if gates:
         eraser = replace(eraser, records=(record | does,), **gates)
         require_harmless(eraser, pipe)
@@ -260,7 +272,8 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
 
     The settings are those of the eraser, the features of its concepts stay, and one threshold is chosen anew for all. That is
     what erasing all of them at once gives, if what must stay named none of them. What the held-out prompts of earlier concepts
-    score is known from when they were added; that a later concept may find them too is not counted in the recall.
+    score is known from when they were added; that a later concept may find them too is not counted in the recall. In gates on
+    the whole prompt or the picture earlier concepts keep their thresholds: only later ones share rates (`full_rates`).
 
     Raises:
         ValueError: see `erase`; a concept that the eraser has; an eraser of the paper's kind, of several that were joined with
@@ -288,7 +301,7 @@ def add_concepts(eraser: Eraser, pipe: Any, target: PromptSet, retained: Retaine
     chosen = choose_threshold(settings, torch.cat([*before, own.amax(1)]), negatives)
     parts = [describe_threshold(chosen.rule, chosen.threshold, scores, negatives) for scores in [*before, own.amax(1)]]
     records = [record | {"calibration": asdict(part)} for record, part in zip(eraser.records, parts[:-1], strict=True)]
-    gates, does = more_gates(pipe, site, positive, kept, settings)
+    gates, does = more_gates(pipe, site, positive, kept, settings, len(concepts))
     joined = {kind: eraser.more_gates[kind] | gate for kind, gate in gates.items() if kind in eraser.more_gates}
     records.append(make_record(settings, fresh, held_out, own, parts[-1], target, kept) | does)
     more = replace(
@@ -313,10 +326,16 @@ def require_harmless(eraser: Eraser, pipe: Any) -> None:
 
 
 def more_gates(
-    pipe: Any, site: HookPoint, positive: PromptSet, kept: Retained, config: EraseConfig
+    pipe: Any, site: HookPoint, positive: PromptSet, kept: Retained, config: EraseConfig, n_concepts: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the gates on prompts and pictures that the settings ask for, and for the record what they do on held-out ones."""
+    """Return the gates on prompts and pictures that the settings ask for, and for the record what they do on held-out ones.
+
+    n_concepts: of the whole eraser, which share the rates.
+    """
     gates, does = dict[str, Any](), dict[str, Any]()
+    pooled_fpr, draft_fpr, picture_fpr = (
+        config.shared(fpr, n_concepts) for fpr in (config.pooled_fpr, config.draft_fpr, config.picture_fpr)
+    )
 
     def some(n: int) -> tuple[PromptSet, PromptSet]:
         return kept.fit.sample(n, config.seed), kept.calibrate.sample(n, config.seed)
@@ -331,13 +350,13 @@ def more_gates(
     if config.pooled_gate:
         whole = kept.fit, kept.calibrate
         own, others = vectors_of(positive, whole, lambda p: pipelines.pooled_embeddings(pipe, site.encoder, p.texts))
-        pooled = PooledGate.fit(own, others, config.pooled_fpr, config.anchor, config.pooled_part_way)
-        keep(pooled, own, others, config.pooled_fpr, config.pooled_part_way)
+        pooled = PooledGate.fit(own, others, pooled_fpr, config.anchor, config.pooled_part_way)
+        keep(pooled, own, others, pooled_fpr, config.pooled_part_way)
     if config.draft_gate:
         own, others = vectors_of(positive, some(MOST_DRAFTS), lambda p: drafts_of(pipe, p.texts))
         own, others = with_salads(pipe, site, positive.of("fit"), kept.fit.sample(MOST_SALADS, config.seed), own, others)
-        draft = DraftGate.fit_towards(pipe, own, others, config.draft_fpr, config.anchor)
-        keep(draft, own, others, config.draft_fpr, draft.part_way)
+        draft = DraftGate.fit_towards(pipe, own, others, draft_fpr, config.anchor)
+        keep(draft, own, others, draft_fpr, draft.part_way)
     if config.picture_gate:
         fit, held_out = some(MOST_PICTURES)
         own, others = vectors_of(positive, (in_looks(fit, config.picture_looks, LOOKED), held_out), draw)
@@ -347,8 +366,8 @@ def more_gates(
             return torch.cat([unguided, draw(in_looks(prompts, config.picture_looks))]) if config.picture_looks else unguided
 
         own = {name: (torch.cat([x, draw_more(positive.of("fit").about(name))]), y) for name, (x, y) in own.items()}
-        picture = PictureGate.fit_towards(pipe, own, others, config.picture_fpr, config.anchor)
-        keep(picture, own, others, config.picture_fpr, picture.part_way)
+        picture = PictureGate.fit_towards(pipe, own, others, picture_fpr, config.anchor)
+        keep(picture, own, others, picture_fpr, picture.part_way)
     return gates, does
 
 
