@@ -204,7 +204,8 @@ class Erase(OnModel):
     hook_point: MaybeStr = None
     """ENCODER:PATH, as text_encoder:encoder.layers.8. By default where the autoencoder was trained."""
     preset: Literal["default", "style", "strict", "paper"] = "default"
-    """Where the other values come from: `default` is ours, `style` edits more, `paper` follows the publication."""
+    """Where the other values come from: `default` is ours, `style` edits more, `strict` refuses what any gate on the prompt
+    finds, `paper` follows the publication."""
     retained: MaybePath = None
     """Folder of what must stay, encoded once. Made from --retain and --neutral if it is not there, else taken for them."""
     add_to: MaybePath = None
@@ -339,6 +340,8 @@ class Attack(OnModel):
     """With --model: folder of a CLIP model and its processor, which names the pictures."""
     benign: MaybePath = None
     """With --model: file of prompts without the concepts, on which false positives are counted."""
+    words: MaybePath = None
+    """Prompt file with a column `concept`: other words for the concepts, for `synonyms`. The embedded world has some."""
     inference_steps: MaybeInt = None
     """Denoising steps. By default what the pipeline takes."""
     control: bool = True
@@ -357,6 +360,7 @@ class Attack(OnModel):
             found = run_arena(
                 self.settings, self.out, names, ("erased", "unerased") if self.control else ("erased",), self.model, pipe,
                 eraser, list(flat(self.target)), list(flat(self.others)), self.clip, self.benign, self.inference_steps,
+                self.words,
             )  # fmt: skip
             page = found.save(self.out)
         print(found.summary())

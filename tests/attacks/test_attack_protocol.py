@@ -278,6 +278,12 @@ def test_only_what_the_eraser_erases_is_attacked(eraser: Eraser) -> None:
         arenas.goals_of(eraser, [eraser.names[0], "owl"])
 
 
+def test_a_word_for_what_is_not_attacked_is_an_error() -> None:
+    words = PromptSet.from_rows([{"prompt": "kitty", "concept": "dog"}])
+    with pytest.raises(ValueError, match=r"'kitty' is a word for 'dog', which is not attacked; .* has to name one of cat"):
+        arenas.with_words(make_goals(["cat"], 0), words)
+
+
 def test_a_model_of_ones_own_needs_a_judge_and_benign_prompts(tmp_path: Path, pipe: Any, eraser: Eraser) -> None:
     with pytest.raises(ValueError, match="--clip"):
         arenas.model_arena(AttackConfig(), pipe, eraser, None, [], ["cat"], None, {})
@@ -337,6 +343,13 @@ def test_the_command_attacks_a_model_and_goes_on(
     monkeypatch.setattr(Direct, "__call__", lambda *_: pytest.fail("computed again"))
     assert cli.main(["attack", "--config", str(out / "config.json")]) == 0
     assert capsys.readouterr().out == first
+    (tmp_path / "words.csv").write_text("prompt,concept\ncottage,house\n")
+    argv[1], argv[argv.index(str(out))] = "synonyms", str(tmp_path / "words")
+    assert cli.main([*argv, "--words", str(tmp_path / "words.csv")]) == 0
+    cells = json.loads((tmp_path / "words" / "report.json").read_text())["record"]["cells"]
+    trials = [trial for cell in cells["synonyms erased"] for trial in cell["trials"]]
+    assert trials
+    assert all("cottage" in trial["prompt"] for trial in trials)
 
 
 def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,28 @@ def make_goals(names: Sequence[str], seed: int, synonyms: Mapping[str, Sequence[
     return tuple(Goal(name, TEMPLATE, seed + 1000 * i, tuple(words.get(name, ()))) for i, name in enumerate(names))
 
 
+def with_words(goals: Sequence[Goal], words: PromptSet) -> tuple[Goal, ...]:
+    """Return the goals with further synonyms, each of which names its concept.
+
+    Raises:
+        ValueError: a word without a concept, or for a concept that is not attacked.
+
+    >>> words = PromptSet.from_rows([{"prompt": "kitty", "concept": "cat"}, {"prompt": "feline", "concept": "cat"}])
+    >>> with_words(make_goals(["cat", "dog"], 0), words)[0].synonyms
+    ('kitty', 'feline')
+    """
+    names = [goal.concept for goal in goals]
+    for word in words:
+        if word.concept not in names:
+            raise ValueError(
+                f"{word.text!r} is a word for {word.concept!r}, which is not attacked; "
+                f"the column `concept` has to name one of {', '.join(names)}"
+            )
+    return tuple(
+        replace(goal, synonyms=tuple(dict.fromkeys((*goal.synonyms, *words.about(goal.concept).texts)))) for goal in goals
+    )
+
+
 def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eraser: Eraser | None = None) -> Arena:
     """Return the embedded world with concepts erased: those named, the eraser's own, or identities that it draws well.
 
@@ -206,20 +228,24 @@ def run_arena(
     clip: Path | None = None,
     benign: Path | None = None,
     inference_steps: int | None = None,
+    words: Path | None = None,
 ) -> Report:
     """Attack the embedded world, or another pipeline with its eraser, and return the report; goes on where it was stopped.
 
-    `pipe`: what is loaded of `model`. `out` gets the prompts that won as `evading.jsonl`, which `itd erase --target` reads.
+    `pipe`: what is loaded of `model`. `words`: prompt file with other words for the concepts. `out` gets the prompts that won
+    as `evading.jsonl`, which `itd erase --target` reads.
 
     Raises:
-        ValueError: see `world_arena` and `model_arena`; `out` holds a run with other settings.
+        ValueError: see `world_arena`, `model_arena` and `with_words`; `out` holds a run with other settings.
     """
+    told = PromptSet() if words is None else PromptSet.from_file(words)
     if model is None:
         arena = world_arena(config, out, names, eraser)
     else:
         assert eraser is not None
         options = pipeline_options(model, inference_steps, None, None)
         arena = model_arena(config, pipe, eraser, clip, names, others, benign, options)
+    arena = replace(arena, goals=with_words(arena.goals, told))
     ledger = Ledger(out / "attempts", identity_of(arena, config.budget))
     found = run(arena, attacks, config.budget, ledger, arms)
     evading_prompts(found.record["cells"]).to_jsonl(out / EVADING)
