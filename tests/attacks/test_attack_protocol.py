@@ -248,8 +248,8 @@ def test_the_world_keeps_benign_concepts_from_the_eraser(tmp_path: Path, monkeyp
     assert {criterion.least for criterion in found.criteria.values() if isinstance(criterion, Judged)} == {0.3}
     assert found.record["least_sure"] == 0.3
     assert made["config"] == PRESETS["strict"]
-    world_arena(AttackConfig(n_concepts=3, n_benign=50, edit="subtract", pooled_gate=False), tmp_path)
-    assert made["config"] == replace(PRESETS["strict"], edit="subtract", pooled_gate=False)
+    world_arena(AttackConfig(n_concepts=3, n_benign=50, edit="subtract", pooled_gate=False, n_features=64), tmp_path)
+    assert made["config"] == replace(PRESETS["strict"], edit="subtract", pooled_gate=False, n_features=64)
 
 
 def test_how_sure_the_judge_has_to_be_is_what_it_is_in_pictures_that_it_names_right() -> None:

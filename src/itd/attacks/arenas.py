@@ -13,7 +13,7 @@ from itd.attacks.base import Budget, Criterion, Goal, System
 from itd.attacks.criteria import ClipNames, Judged
 from itd.attacks.protocol import Arena, Arm, evading_prompts, identity_of, run
 from itd.eraser import EditMode, Eraser
-from itd.erasing import PRESETS
+from itd.erasing import PRESETS, EraseConfig
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import pipeline_record, weights_sha256
 from itd.evaluation.results import Report
@@ -57,11 +57,13 @@ class AttackConfig:
     """In the embedded world, without --eraser: the eraser also gates by the finished picture."""
     edit: EditMode = "refuse"
     """In the embedded world, without --eraser: what is done to a prompt that fires; `refuse` draws a tree instead."""
+    n_features: int = EraseConfig.n_features
+    """In the embedded world, without --eraser: features per concept by which the first gate decides."""
     quick: bool = False
     """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
 
     def __post_init__(self) -> None:
-        for name in ("n_concepts", "n_benign"):
+        for name in ("n_concepts", "n_benign", "n_features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -127,6 +129,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
         "draft_gate": stated.draft_gate,
         "picture_gate": stated.picture_gate,
         "edit": stated.edit,
+        "n_features": stated.n_features,
     }
     world = World(out, "attack", options, eraser=eraser)
     rng = random.Random(stated.seed)
@@ -134,7 +137,7 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     others = sorted(set(world.nouns) - set(chosen) - set(eraser.names if eraser else ()))
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
-        asked = {name: options[name] for name in ("edit", "pooled_gate", "draft_gate", "picture_gate")}
+        asked = {name: options[name] for name in ("edit", "pooled_gate", "draft_gate", "picture_gate", "n_features")}
         settings = replace(PRESETS["strict"], **asked)
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
         eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), settings).eraser
