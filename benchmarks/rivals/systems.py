@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.rivals.gates import pooled, shipped_eraser
-from benchmarks.rivals.task import Call, Rival, Task, draw_in_batches
+from benchmarks.rivals.task import Call, Maker, Rival, Task, draw_in_batches
 from itd import pipelines
 from itd.attacks.base import System
 from itd.attacks.diffusion import ENCODER, encode_texts
@@ -74,6 +74,21 @@ class Itd:
 
     def __call__(self, task: Task) -> Rival:
         return Attached(self.name, System(task.pipe, shipped_eraser(task, self.preset), task.options))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A system with settings that were chosen for the embedded world, on other identities and sentences."""
+
+    maker: Maker
+
+    @property
+    def name(self) -> str:
+        return f"{self.maker.name}, tuned"
+
+    def __call__(self, task: Task) -> Rival:
+        rival: Any = self.maker(task)
+        return replace(rival, name=self.name)
 
 
 @dataclass(frozen=True)

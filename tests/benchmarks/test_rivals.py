@@ -22,6 +22,7 @@ from benchmarks.rivals.systems import (
     NoErasure,
     Projection,
     SafeLatentDiffusion,
+    Tuned,
     in_one_prompt,
     project_out,
     span_projection,
@@ -38,6 +39,7 @@ OPTIONS = {"num_inference_steps": 3, "guidance_scale": 2.0, "height": 16, "width
 WHOLE: tuple[Maker, ...] = (
     NoErasure(), NegativePrompt(), SafeLatentDiffusion(warmup=0), Safree(alpha=0.0, gamma=50.0), Projection(),
     UnifiedConceptEditing(), ErasedDiffusion(n_steps=2, lr=1e-2, sampling_steps=2), Itd(),
+    Tuned(UnifiedConceptEditing(ridge=1.0)),
 )  # fmt: skip
 
 
@@ -83,6 +85,13 @@ def test_a_rival_draws_and_leaves_the_pipeline_as_it_was(maker: Maker, task: Tas
 def test_a_rival_changes_what_it_erases(maker: Maker, task: Task) -> None:
     asked = (["a photo of a house", "a photo of a boat"], [1, 2])
     assert not torch.allclose(maker(task).draw(*asked), NoErasure()(task).draw(*asked), atol=1e-4)
+
+
+@pytest.mark.parametrize("maker", [Tuned(Safree(gamma=20.0)), Tuned(UnifiedConceptEditing(ridge=2.0))], ids=lambda m: m.name)
+def test_a_tuned_rival_is_the_same_with_its_settings_under_another_name(maker: Tuned, task: Task) -> None:
+    rival, plain = maker(task), maker.maker(task)
+    assert rival.name == maker.name == f"{plain.name}, tuned"
+    assert torch.equal(rival.draw(["a house"], [1]), plain.draw(["a house"], [1]))
 
 
 def test_no_erasure_is_the_pipeline(task: Task) -> None:
