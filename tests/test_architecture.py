@@ -9,7 +9,7 @@ import itd
 
 SOURCE = Path(itd.__file__).parent
 ORDER = (
-    "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "vocabulary", "synonyms", "activations",
+    "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "words", "vocabulary", "synonyms", "activations",
     "screening", "selection", "kernels", "sae", "moments",
     "memory", "training", "features", "early_exit", "gate",
     "discriminants", "pooled", "drafts", "pictures", "explain", "attachment", "eraser", "retained", "erasing",

@@ -25,6 +25,7 @@ from itd.features import matched_filter
 from itd.gate import score
 from itd.pipelines import fingerprint
 from itd.training import initial_weights
+from itd.words import KnownWords
 
 D_MODEL, N_LAYERS, MAX_TOKENS = 32, 3, 24
 SITE = HookPoint("text_encoder", "encoder.layers.1")
@@ -180,7 +181,8 @@ def make_eraser(pipe: Any, sae: SAE, noun: str, site: HookPoint = SITE, edit: Ed
     assert low < high, "the tiny text encoder tells the nouns apart"
     gate = Gate("evidence", ((low + high) / 2,))
     anchors = torch.randn(2, sae.config.d_model, generator=torch.Generator().manual_seed(9))
-    return Eraser(sae, site, (concept,), gate, edit or Edit(), fingerprint(pipe, site), anchors)
+    known = KnownWords.of(pipe, site.encoder)
+    return Eraser(sae, site, (concept,), gate, edit or Edit(), fingerprint(pipe, site), anchors, words=known)
 
 
 def telling_apart(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from itd.hooks import Handle, before_forward, edit_decoded, edit_output, edit_re
 from itd.kernels import same_up_to
 from itd.pictures import BLACK, picture_features
 from itd.pooled import PooledGate, encode_instead, put_instead
+from itd.words import version_of
 
 if TYPE_CHECKING:
     from itd.eraser import Eraser
@@ -86,7 +87,7 @@ class Attachment(Handle):
     `n_hidden`: counts of pictures that it looked at and that came out black.
     """
 
-    def __init__(self, eraser: Eraser, pipe: Any, ungated: Sequence[str] = ()) -> None:
+    def __init__(self, eraser: Eraser, pipe: Any, ungated: Sequence[str] = (), allow_new_words: bool = False) -> None:
         self.eraser, self.pipe, self.ungated = eraser, pipe, frozenset(ungated)
         unknown = sorted(self.ungated - set(pipelines.text_encoders(pipe)))
         if unknown:
@@ -96,6 +97,9 @@ class Attachment(Handle):
         with undisturbed(pipe):
             eraser.require_encoder(pipelines.fingerprint(pipe, eraser.hook_point))
             self.says = pipelines.last_state(pipe, eraser.hook_point.encoder)
+        self.words = None if allow_new_words else eraser.words
+        if self.words is not None:
+            self.words.require(pipe, eraser.hook_point.encoder)
         self.stamp = stamp_of(self.encoder)
         self.worker = eraser
         self.decisions: list[Decision] = []
@@ -138,6 +142,9 @@ class Attachment(Handle):
         self.marks = marks
         if not any(marks):
             return None
+        if self.words is not None:
+            gated = self.input_ids[torch.tensor(marks).to(self.input_ids.device)]
+            self.words.require_known(gated.flatten().tolist(), self.pipe, self.eraser.hook_point.encoder)
         rows = torch.tensor(marks, device=hidden.device)
         given = hidden if all(marks) else hidden[rows]
         at = rows.to(content.device)
@@ -254,6 +261,8 @@ class Attachment(Handle):
             says = pipelines.last_state(self.pipe, name)
         if not (says.isnan().any() or same_up_to(says, self.says)):  # NaN is the gate's to say
             raise RuntimeError(f"{name} was changed after the eraser was attached; remove it and attach one made for it")
+        if self.words is not None:
+            self.words.require(self.pipe, name)
         self.stamp = stamp
 
     def require_reach(self, clip_skip: Any, encode: Callable[[], Any]) -> None:
@@ -531,19 +540,14 @@ def first_tensor(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """Return a number that changes when a tensor is written to; None where torch keeps none."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def digest(row: Tensor) -> bytes:
     """Return what identifies a tensor's bits and shape, without keeping the tensor."""
     values = torch.atleast_1d(row.detach().cpu()).contiguous().view(torch.uint8)
     return hashlib.blake2b(values.numpy().tobytes() + str((row.dtype, row.shape)).encode(), digest_size=16).digest()
 
 
-def attach(eraser: Eraser, pipe: Any, ungated: Sequence[str] = ()) -> Attachment:
+def attach(eraser: Eraser, pipe: Any, ungated: Sequence[str] = (), allow_new_words: bool = False) -> Attachment:
     """Attach an eraser to a pipeline; see `Eraser.attach`."""
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{type(pipe).__name__} has no encode_prompt; itd attaches to diffusers text-to-image pipelines")
-    return Attachment(eraser, pipe, ungated)
+    return Attachment(eraser, pipe, ungated, allow_new_words)

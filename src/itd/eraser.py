@@ -26,16 +26,19 @@ from itd.kernels import SparseCodes, same_up_to
 from itd.pictures import PictureGate
 from itd.pooled import PooledGate
 from itd.sae import SAE
+from itd.words import KnownWords
 
 if TYPE_CHECKING:
     from itd.attachment import Attachment
     from itd.explain import Check, PromptMemory
 
 KIND = "eraser"
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 """2 added the tensor `often` and the field `positives` of a record, 3 the pooled gate, 4 the draft gate, 5 the window
 of a concept, 6 the picture gate, 7 the edit `refuse`, 8 the middle block's part of a draft and the thresholds of the gates
-beside the one on features."""
+beside the one on features, 9 the words."""
+WORDS = "words"
+"""Field that says which words the text encoder had."""
 MORE_GATES = ("pooled", "draft", "picture")
 """Fields that hold a gate beside the one on features, or None."""
 EARLIER_THRESHOLDS = {"pooled": 0.45, "draft": 0.25, "picture": 0.15}
@@ -121,6 +124,8 @@ class Eraser:
     """A gate on the image model's first guess of the picture."""
     picture: PictureGate | None = None
     """A gate on the finished picture."""
+    words: KnownWords | None = None
+    """Words of the text encoder that it was made for; others are an error."""
 
     @property
     def more_gates(self) -> dict[str, Discriminants]:
@@ -271,6 +276,8 @@ class Eraser:
                 raise ValueError(f"erasers join only with the same {what}: {getattr(self, what)} and {getattr(other, what)}")
         if self.fingerprint is not None and other.fingerprint is not None:
             self.require_encoder(other.fingerprint)
+        if self.words and other.words and not self.words.agrees(other.words):
+            raise ValueError("erasers join only for the same words of the text encoder; make both on one pipeline")
         for kind in MORE_GATES:
             if (getattr(self, kind) is None) != (getattr(other, kind) is None):
                 raise ValueError(
@@ -292,6 +299,7 @@ class Eraser:
             gate=scores,
             records=self.records + tuple(record for record in other.records if record not in self.records),
             often=other.often if self.often is None else self.often,
+            words=self.words or other.words,
             **gates,
         )
 
@@ -307,7 +315,7 @@ class Eraser:
                 "make it again with itd.erase on this pipeline"
             )
 
-    def attach(self, pipe: Any, ungated: Sequence[str] = ()) -> Attachment:
+    def attach(self, pipe: Any, ungated: Sequence[str] = (), allow_new_words: bool = False) -> Attachment:
         """Enforce the eraser on a pipeline; a context manager and a handle with `remove()`.
 
         Attached means enforced: a gate that did not run, embeddings passed by hand, a replaced text encoder or NaN
@@ -316,26 +324,32 @@ class Eraser:
         A pipeline with several text encoders needs an eraser attached to each before it generates, or `ungated`: names of
         those that may read the prompt without one.
 
+        Words that the text encoder learnt after the eraser was made (textual inversion) are an error in positive prompts, as
+        is an embedding that was changed; `allow_new_words` leaves them to the gates.
+
         With a picture gate, pictures that show a concept come out of the pipeline's `vae.decode` black.
 
         Raises:
-            ValueError: unknown hook point, another text encoder, or no text encoder of a name in `ungated`; a draft or picture
-                gate of another image model.
+            ValueError: unknown hook point, another text encoder or other embeddings of its words, or no text encoder of a name
+                in `ungated`; a draft or picture gate of another image model.
         """
         from itd.attachment import attach
 
-        return attach(self, pipe, ungated)
+        return attach(self, pipe, ungated, allow_new_words)
 
-    def check(self, pipe: Any, prompts: str | Sequence[str]) -> list[Check]:
+    def check(self, pipe: Any, prompts: str | Sequence[str], allow_new_words: bool = False) -> list[Check]:
         """Say, per prompt: score, threshold, fired, and which tokens and features decided. Generates nothing.
 
         Erasers that are attached to the pipeline have no part in it.
+
+        Raises:
+            ValueError: another text encoder; words that it learnt after the eraser was made, unless `allow_new_words`.
         """
         from itd.attachment import undisturbed
         from itd.explain import check
 
         with undisturbed(pipe):
-            return check(self, pipe, [prompts] if isinstance(prompts, str) else list(prompts))
+            return check(self, pipe, [prompts] if isinstance(prompts, str) else list(prompts), allow_new_words)
 
     def save(self, folder: str | Path) -> None:
         """Write the eraser: a few kB per concept. Its autoencoder is named by hash and place, not copied.
@@ -357,7 +371,11 @@ class Eraser:
         ]
         own = {"hook_point": str(self.hook_point), "concepts": concepts, "gate": self.gate.to_dict(), "edit": asdict(self.edit)}
         gates = {kind: self.more_gates.get(kind) for kind in MORE_GATES}
-        return own | {kind: described_gate(gate) if gate else None for kind, gate in gates.items()}
+        return own | {kind: described_gate(gate) if gate else None for kind, gate in gates.items()} | self.described_words
+
+    @property
+    def described_words(self) -> dict[str, Any]:
+        return {} if self.words is None else {WORDS: {"n": self.words.n, "sha256": dict(self.words.sha256)}}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -393,12 +411,14 @@ class Eraser:
         """
         keys = ("sae", "hook_point", "concepts", "gate", "edit", "records")
         place = Path(folder) / CONFIG
-        config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=MORE_GATES)
+        config = read_config(folder, KIND, keys, range(1, SCHEMA_VERSION + 1), optional=(*MORE_GATES, WORDS))
         require_keys(place, config["sae"], ("sha256", "source"))
         if not isinstance(config["concepts"], list):
             raise ValueError(f"{place}: expected a list of concepts, found {config['concepts']!r}; save it again")
         for concept in config["concepts"]:
             require_keys(place, concept, ("name", "n_features", "scale", "offset"), optional=("window",))
+        if WORDS in config:
+            require_keys(place, config[WORDS], ("n", "sha256"))
         more = {kind: config[kind] for kind in MORE_GATES if config.get(kind) is not None}
         needed_tensors = ["indices", "weights"]
         for kind, described in more.items():
@@ -435,6 +455,7 @@ class Eraser:
                 PictureGate(*gate_parts(PictureGate, more, tensors), origin=tensors.get("picture_origin"))
                 if "picture" in more
                 else None,
+                KnownWords(**config[WORDS]) if WORDS in config else None,
             )
 
 

@@ -46,6 +46,7 @@ from itd.prompts import Prompt, PromptSet, check_leaks
 from itd.retained import Mentions, Retained, check_given_splits, encode_prompts, require_site, split_negative
 from itd.sae import SAE
 from itd.vocabulary import names_of, vocabulary_of, word_salads
+from itd.words import KnownWords
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +251,7 @@ def erase(
     eraser = Eraser(
         sae, site, concepts, gate, edit, pipelines.fingerprint(pipe, site),
         anchor_activations(pipe, site, settings.anchor), (record,), kept.stats(settings.k_sel).often(),
+        words=KnownWords.of(pipe, site.encoder),
     )  # fmt: skip
     require_harmless(eraser, pipe)  # before the image model is asked, which takes long
     gates, does = more_gates(pipe, site, positive, kept, settings, len(positive.concepts))

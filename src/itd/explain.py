@@ -127,9 +127,11 @@ class PromptMemory:
         self.probe = probe
 
 
-def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int = 1024) -> list[Check]:
+def check(
+    eraser: Eraser, pipe: Any, prompts: Sequence[str], allow_new_words: bool = False, batch_tokens: int = 1024
+) -> list[Check]:
     """Gate prompts without generating; see `Eraser.check`."""
-    site, memory = eraser.hook_point, eraser.memory
+    site, memory = eraser.hook_point, PromptMemory() if allow_new_words else eraser.memory  # new words may change between calls
     probe = pipelines.fingerprint(pipe, site)
     eraser.require_encoder(probe)
     if eraser.draft is not None:
@@ -137,6 +139,9 @@ def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int =
     memory.require(probe)
     tokenizer = pipelines.tokenizer_of(pipe, site.encoder)
     rows = [tuple(row) for row in pipelines.token_rows(pipe, site.encoder, prompts)]
+    if eraser.words is not None and not allow_new_words:
+        eraser.words.require(pipe, site.encoder, fresh=False)
+        eraser.words.require_known((token for row in rows for token in row), pipe, site.encoder)
     decided = {row: memory.decisions.get(row) for row in rows}
     texts = dict(zip(rows, prompts, strict=True))
     missing = [row for row, decision in decided.items() if decision is None]
@@ -145,7 +150,7 @@ def check(eraser: Eraser, pipe: Any, prompts: Sequence[str], batch_tokens: int =
         missing = []
     batches = stream_contents(pipe, site, missing, [texts[row] for row in missing], batch_tokens, "check prompts")
     for contents in joined(batches, SETTLED_TOKENS):
-        for i, decision in zip(contents.prompts, decide_contents(eraser, contents), strict=True):
+        for i, decision in zip(contents.prompts, decide_contents(eraser, contents, memory), strict=True):
             decided[missing[i]] = decision
 
     def read(row: tuple[int, ...]) -> list[str]:
@@ -205,21 +210,23 @@ def meanings_of(eraser: Eraser, pipe: Any, output: Any) -> Generator[list[Meanin
         yield eraser.draft.decide(draft_states(pipe, output[0]))
 
 
-def decide_contents(eraser: Eraser, contents: Contents) -> list[Decision]:
+def decide_contents(eraser: Eraser, contents: Contents, memory: PromptMemory) -> list[Decision]:
     """Decide on prompts; tokens that are settled already are not looked at again."""
     prompts = [x.clone() for x in contents.split()]
     if eraser.early_exit is None:
         decisions = eraser.decide_all(prompts)
     else:
-        decisions = eraser.decide_settled(prompts, settle_prefixes(eraser, contents.keys, contents.x))
+        decisions = eraser.decide_settled(prompts, settle_prefixes(eraser, contents.keys, contents.x, memory))
     if not all(decision.early for decision in decisions):
         eraser.sae.release()
     return decisions
 
 
-def settle_prefixes(eraser: Eraser, keys: Sequence[bytes], x: Float[Tensor, "tokens d_model"]) -> list[Reached | None]:
+def settle_prefixes(
+    eraser: Eraser, keys: Sequence[bytes], x: Float[Tensor, "tokens d_model"], memory: PromptMemory
+) -> list[Reached | None]:
     """Return which thresholds every token certainly reaches, None if open; each distinct beginning is settled once."""
-    known = eraser.memory.prefixes
+    known = memory.prefixes
     found: dict[bytes, Reached | None] = {key: known.get(key) for key in keys}
     fresh = {key: i for i, key in reversed(list(enumerate(keys))) if found[key] is None}
     assert eraser.early_exit is not None

@@ -107,7 +107,7 @@ class System:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
         """Return one picture per prompt, in [0, 1], each from its own seed, with the eraser attached if there is one."""
-        attached = None if self.eraser is None else self.eraser.attach(self.pipe)
+        attached = None if self.eraser is None else self.eraser.attach(self.pipe, allow_new_words=True)
         images: list[Tensor] = []
         fired: list[bool | None] = []
         scores: list[float | None] = []
