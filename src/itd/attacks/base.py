@@ -106,7 +106,10 @@ class System:
     """What is passed to the pipeline: steps, guidance, size."""
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
-        """Return one picture per prompt, in [0, 1], each from its own seed, with the eraser attached if there is one."""
+        """Return one picture per prompt, in [0, 1], each from its own seed, with the eraser attached if there is one.
+
+        Words that were learnt since it was made are let through: it is the gates that are attacked.
+        """
         attached = None if self.eraser is None else self.eraser.attach(self.pipe, allow_new_words=True)
         images: list[Tensor] = []
         fired: list[bool | None] = []
