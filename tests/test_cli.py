@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import json
 import logging
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FRAMES, NOUNS, SITE, build_pipeline, prompts_of
+from tiny import D_MODEL, FRAMES, NOUNS, SITE, build_pipeline, prompts_of
 
 from itd import SAE, ActivationStore, EraseConfig, Eraser, PromptSet, TrainConfig, cli, inputs
 from itd.cli import main
@@ -516,6 +517,18 @@ def test_pictures_of_prompts_that_pass_keep_their_bits(made: Path, model: str, t
     assert same == [False, False, True, True]
 
 
+def test_words_that_a_model_learnt_are_refused_unless_accepted(
+    made: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = build_pipeline(copy.deepcopy(tokenizer))
+    pipe.load_textual_inversion({"<gadget>": torch.ones(D_MODEL)})
+    pipe.save_pretrained(tmp_path / "learnt")
+    ask = ["--model", str(tmp_path / "learnt"), "--eraser", str(made / "house"), "a photo of a <gadget>"]
+    for argv in (["check", *ask], ["generate", *ask, *STEPS, "--out", str(tmp_path / "out")]):
+        assert "accept that with allow_new_words=True (--allow-new-words)" in failing(capsys, *argv)
+        assert main([*argv, "--allow-new-words"]) == 0
+
+
 def test_a_picture_depends_on_its_prompt_and_seed_only_and_a_run_replaces_the_one_before(model: str, tmp_path: Path) -> None:
     argv = ["generate", "--model", model, *STEPS, "--out", str(tmp_path / "out")]
     assert main([*argv, "a photo of a house", "my cup"]) == 0
@@ -535,8 +548,8 @@ def test_pictures_of_someone_else_are_left_alone(model: str, tmp_path: Path, cap
 def test_a_stopped_generation_keeps_what_it_drew(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(pipe: Any, prompts: Any, seeds: Any, eraser: Any, options: Any) -> Iterator[Any]:
-        yield next(draw(pipe, prompts, seeds, eraser, options))
+    def stop(*given: Any) -> Iterator[Any]:
+        yield next(draw(*given))
         raise KeyboardInterrupt
 
     draw = cli.generate

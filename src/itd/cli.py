@@ -266,6 +266,8 @@ class Check(OnModel):
     """Folder of an eraser. Repeat the flag to join several."""
     sae: MaybePath = None
     """Folder of the autoencoder, if it is no longer where it was when the eraser was made."""
+    allow_new_words: bool = False
+    """Leave words that the text encoder learnt after the eraser was made (textual inversion) to the gate; else an error."""
     json: bool = False
     """Print one JSON array instead of text."""
     out: MaybePath = None
@@ -274,7 +276,7 @@ class Check(OnModel):
     def run(self) -> None:
         prompts = inputs.read_prompts(self.prompts, self.file)
         eraser = inputs.load_erasers(self.eraser, self.sae)
-        checks = eraser.check(self.pipeline(), prompts)
+        checks = eraser.check(self.pipeline(), prompts, self.allow_new_words)
         text = json.dumps([check.to_dict() for check in checks], indent=2, ensure_ascii=False, allow_nan=False)
         if self.out is not None:
             with run_folder(self, self.out / CONFIG):
@@ -306,6 +308,8 @@ class Generate(OnModel):
     """Weight of classifier-free guidance. By default what the pipeline takes."""
     negative_prompt: MaybeStr = None
     """What to steer away from. It is not gated."""
+    allow_new_words: bool = False
+    """Leave words that the text encoder learnt after the eraser was made (textual inversion) to the gate; else an error."""
 
     def run(self) -> None:
         prompts = inputs.read_prompts(self.prompts, self.file)
@@ -314,7 +318,7 @@ class Generate(OnModel):
         eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser else None
         pipe = self.pipeline()
         with run_folder(self, self.out / CONFIG):
-            pictures = generate(pipe, prompts, seeds, eraser, options)
+            pictures = generate(pipe, prompts, seeds, eraser, options, self.allow_new_words)
             rows = write_pictures(pictures, self.out, len(prompts) * len(seeds), () if eraser is None else eraser.names)
         print("\n".join(picture_lines(rows)))
         print(f"images: {self.out}")

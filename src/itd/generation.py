@@ -36,14 +36,19 @@ class Picture:
 
 
 def generate(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], eraser: Eraser | None, options: Mapping[str, Any]
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    eraser: Eraser | None,
+    options: Mapping[str, Any],
+    allow_new_words: bool = False,
 ) -> Iterator[Picture]:
     """Yield one picture per prompt and seed, with the eraser attached if there is one.
 
     Pictures are not batched: kernels may round differently for another batch size, and a prompt that passes the gate has to
-    give the bits that the bare pipeline gives. `options` go to the pipeline.
+    give the bits that the bare pipeline gives. `options` go to the pipeline, `allow_new_words` to `Eraser.attach`.
     """
-    attached = None if eraser is None else eraser.attach(pipe)
+    attached = None if eraser is None else eraser.attach(pipe, allow_new_words=allow_new_words)
     with attached or nullcontext():
         for prompt in prompts:
             for seed in seeds:

@@ -48,7 +48,7 @@ class KnownWords:
             raise ValueError(
                 f"the words of {encoder} are not those that the eraser was made for: an embedding was changed, as textual "
                 "inversion does, and the gate knows nothing of it; restore it, make the eraser on this pipeline, or accept "
-                "that with allow_new_words=True"
+                "that with allow_new_words=True (--allow-new-words)"
             )
 
     def require_known(self, ids: Iterable[int], pipe: Any, encoder: str) -> None:
@@ -58,7 +58,8 @@ class KnownWords:
                 word = pipelines.tokenizer_of(pipe, encoder).convert_ids_to_tokens(token)
                 raise ValueError(
                     f"the prompt has {word!r}, a word that {encoder} did not have when the eraser was made, and the gate knows "
-                    "nothing of it; leave it out, make the eraser on this pipeline, or accept that with allow_new_words=True"
+                    "nothing of it; leave it out, make the eraser on this pipeline, or accept that with allow_new_words=True "
+                    "(--allow-new-words)"
                 )
 
     def agrees(self, other: KnownWords) -> bool:
