@@ -127,6 +127,13 @@ def test_a_table_that_lacks_words_is_an_error(pipe: Any, eraser: Eraser) -> None
         replace(eraser, words=replace(eraser.words, n=10**6)).attach(pipe)
 
 
+def test_embeddings_that_are_offloaded_are_not_compared(pipe: Any, eraser: Eraser) -> None:
+    assert eraser.words is not None
+    pipe.text_encoder.to("meta")
+    assert KnownWords.of(pipe, "text_encoder") == KnownWords(eraser.words.n, {})
+    eraser.words.require(pipe, "text_encoder")
+
+
 def test_an_eraser_of_before_knows_no_words_and_lets_all_through(own: Any, eraser: Eraser) -> None:
     learn(own)
     change(own)

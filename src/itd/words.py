@@ -79,8 +79,12 @@ def embeddings_of(pipe: Any, encoder: str) -> Float[Tensor, "words d"] | None:
 def hashes(table: Float[Tensor, "words d"], n: int, fresh: bool = True) -> dict[str, str]:
     """Return the SHA-256 of the first n embeddings in each precision that theirs allows: both of a full one, else its own.
 
+    None of embeddings that are somewhere else while the encoder does not run, as with diffusers' sequential offloading.
+
     fresh: hash them, which takes a tenth of a second for a large encoder, even if nothing is known to have been written since.
     """
+    if table.is_meta:
+        return {}
     stamp = n, version_of(table), table.data_ptr()
     known = None if fresh else getattr(table, HASHED, None)
     if known is None or known[0] != stamp:
