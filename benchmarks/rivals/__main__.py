@@ -14,7 +14,7 @@ from benchmarks.rivals.edits import EDITS, GateAndEdit
 from benchmarks.rivals.esd import ErasedDiffusion
 from benchmarks.rivals.gates import EDITED, GATES
 from benchmarks.rivals.safree import Safree
-from benchmarks.rivals.systems import Itd, NegativePrompt, NoErasure, Projection, SafeLatentDiffusion
+from benchmarks.rivals.systems import Itd, NegativePrompt, NoErasure, Projection, SafeLatentDiffusion, Tuned
 from benchmarks.rivals.table import Case, run
 from benchmarks.rivals.task import Maker, Task
 from benchmarks.rivals.uce import UnifiedConceptEditing
@@ -24,6 +24,9 @@ from itd.evaluation.ledger import Ledger
 from itd.evaluation.world import World, leak_free_sets, sample
 from itd.prompts import fill
 from itd.templates import TEMPLATES
+
+TUNED = (Tuned(UnifiedConceptEditing(ridge=10.0)), Tuned(Safree(gamma=100.0)))
+"""Systems with the settings of those tried with `--tune` whose harmonic mean is largest."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def makers_of(config: RivalsConfig) -> list[Maker]:
     ]  # fmt: skip
     if not config.tune:
         systems += [GateAndEdit(gate, edit) for gate in EDITED for edit in EDITS]
-        systems += [Itd("paper"), Itd(), Itd("strict")]
+        systems += [*TUNED, Itd("paper"), Itd(), Itd("strict")]
     unknown = set(config.only) - {maker.name for maker in systems}
     if unknown:
         raise ValueError(f"only must name systems of {', '.join(maker.name for maker in systems)}; got {sorted(unknown)[0]!r}")

@@ -218,8 +218,9 @@ def test_all_gates_meet_all_edits_and_the_systems_are_there() -> None:
     names = [maker.name for maker in command.makers_of(command.RivalsConfig())]
     assert names[0] == "none"
     assert {"negative prompt", "safe latent diffusion", "safree", "uce", "esd-x", "projection"} <= set(names)
+    assert {"uce, tuned", "safree, tuned"} <= set(names)
     assert {f"{gate.name} + {edit}" for gate in EDITED for edit in ("paper", "remove", "subtract", "replace")} <= set(names)
-    assert len(names) == len(set(names)) == 1 + 6 + 24 + 3
+    assert len(names) == len(set(names)) == 1 + 6 + 24 + 2 + 3
     assert [maker.name for maker in command.makers_of(command.RivalsConfig(only=("uce",)))] == ["none", "uce"]
     with pytest.raises(ValueError, match="got 'uco'"):
         command.makers_of(command.RivalsConfig(only=("uco",)))
