@@ -86,7 +86,7 @@ def hashes(table: Float[Tensor, "words d"], n: int, fresh: bool = True) -> dict[
     if table.is_meta:
         return {}
     stamp = n, version_of(table), table.data_ptr()
-    known = None if fresh else getattr(table, HASHED, None)
+    known = None if fresh or version_of(table) is None else getattr(table, HASHED, None)
     if known is None or known[0] != stamp:
         rows = table.detach()[:n].cpu()
         wide = table.dtype in (torch.float32, torch.float64)
