@@ -31,6 +31,8 @@ N_SURE = 100
 """Unerased pictures that say how sure the judge is where it is right."""
 HELD_OUT = 3
 """One of this many concepts that are not erased is kept from selection and calibration, for the benign prompts."""
+ERASED_WITH = ("pooled_gate", "draft_gate", "picture_gate", "edit", "n_features")
+"""Settings of an attack that are settings of the eraser that is made for it."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,13 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     from itd.evaluation.world import World, leak_free_sets
 
     stated = config.stated
+    asked = {name: getattr(stated, name) for name in ERASED_WITH}
     options = {
         "n_concepts": stated.n_concepts,
         "seed": stated.seed,
         "names": list(names),
         "with_synonyms": stated.with_synonyms,
-        "pooled_gate": stated.pooled_gate,
-        "draft_gate": stated.draft_gate,
-        "picture_gate": stated.picture_gate,
-        "edit": stated.edit,
-        "n_features": stated.n_features,
+        **asked,
     }
     world = World(out, "attack", options, eraser=eraser)
     rng = random.Random(stated.seed)
@@ -137,7 +136,6 @@ def world_arena(config: AttackConfig, out: Path, names: Sequence[str] = (), eras
     others = sorted(set(world.nouns) - set(chosen) - set(eraser.names if eraser else ()))
     held_out = rng.sample(others, max(1, len(others) // HELD_OUT)) if eraser is None else others
     if eraser is None:
-        asked = {name: options[name] for name in ("edit", "pooled_gate", "draft_gate", "picture_gate", "n_features")}
         settings = replace(PRESETS["strict"], **asked)
         words = synonym_words(find_synonyms(world.pipe, chosen, others)) if stated.with_synonyms else []
         eraser = world.eraser("attacked", leak_free_sets(chosen, held_out, words), settings).eraser
