@@ -60,8 +60,13 @@ def tensors_sha256(tensors: Mapping[str, Tensor], header: str = "") -> str:
     """Return one hash of named tensors' bits, in whatever order they are given, and of a text before them."""
     found = hashlib.sha256(header.encode())
     for name, value in sorted(tensors.items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(name.encode() + bytes_of(value))
     return found.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """Return a tensor's bits."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 # Reading text and JSON

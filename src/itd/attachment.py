@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from itd import pipelines
+from itd.artifacts import bytes_of
 from itd.cache import ByteCache
 from itd.drafts import DraftGate, draft_states
 from itd.gate import Decision, Meaning
@@ -142,12 +143,11 @@ class Attachment(Handle):
         self.marks = marks
         if not any(marks):
             return None
-        if self.words is not None:
-            gated = self.input_ids[torch.tensor(marks).to(self.input_ids.device)]
-            self.words.require_known(gated.flatten().tolist(), self.pipe, self.eraser.hook_point.encoder)
         rows = torch.tensor(marks, device=hidden.device)
         given = hidden if all(marks) else hidden[rows]
         at = rows.to(content.device)
+        if self.words is not None:
+            self.words.require_known(self.input_ids[at].flatten().tolist(), self.pipe, self.eraser.hook_point.encoder)
         if self.worker.sae.W_enc.device != given.device:  # also where the encoder is moved, or offloaded between calls
             self.worker = self.eraser.to(given.device)
         erased = self.worker(given, content[at], editable[at])
@@ -542,8 +542,7 @@ def first_tensor(result: Any) -> Tensor:
 
 def digest(row: Tensor) -> bytes:
     """Return what identifies a tensor's bits and shape, without keeping the tensor."""
-    values = torch.atleast_1d(row.detach().cpu()).contiguous().view(torch.uint8)
-    return hashlib.blake2b(values.numpy().tobytes() + str((row.dtype, row.shape)).encode(), digest_size=16).digest()
+    return hashlib.blake2b(bytes_of(row) + str((row.dtype, row.shape)).encode(), digest_size=16).digest()
 
 
 def attach(eraser: Eraser, pipe: Any, ungated: Sequence[str] = (), allow_new_words: bool = False) -> Attachment:

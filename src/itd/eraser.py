@@ -371,11 +371,8 @@ class Eraser:
         ]
         own = {"hook_point": str(self.hook_point), "concepts": concepts, "gate": self.gate.to_dict(), "edit": asdict(self.edit)}
         gates = {kind: self.more_gates.get(kind) for kind in MORE_GATES}
-        return own | {kind: described_gate(gate) if gate else None for kind, gate in gates.items()} | self.described_words
-
-    @property
-    def described_words(self) -> dict[str, Any]:
-        return {} if self.words is None else {WORDS: {"n": self.words.n, "sha256": dict(self.words.sha256)}}
+        words = {} if self.words is None else {WORDS: asdict(self.words)}
+        return own | {kind: described_gate(gate) if gate else None for kind, gate in gates.items()} | words
 
     @property
     def tensors(self) -> dict[str, Tensor]:

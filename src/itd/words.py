@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itd import pipelines
+from itd.artifacts import bytes_of
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 """In which embeddings are hashed, so that a pipeline cast to half precision still has the same words."""
@@ -88,16 +89,12 @@ def hashes(table: Float[Tensor, "words d"], n: int, fresh: bool = True) -> dict[
     stamp = n, version_of(table), table.data_ptr()
     known = None if fresh or version_of(table) is None else getattr(table, HASHED, None)
     if known is None or known[0] != stamp:
-        rows = table.detach()[:n].cpu()
+        rows = table[:n]
         wide = table.dtype in (torch.float32, torch.float64)
         kept = {name: dtype for name, dtype in PRECISIONS.items() if wide or table.dtype == dtype}
-        known = stamp, {name: sha256_of(rows.to(dtype)) for name, dtype in kept.items()}
+        known = stamp, {name: hashlib.sha256(bytes_of(rows.to(dtype))).hexdigest() for name, dtype in kept.items()}
         setattr(table, HASHED, known)
     return known[1]
-
-
-def sha256_of(rows: Tensor) -> str:
-    return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def version_of(tensor: Tensor) -> int | None:
