@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from reference.eraser import keep_begin, naive_edit, replace_edit
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from itd import SAE, ConceptFeatures, Edit, Eraser, Gate, HookPoint, SAEConfig, artifacts
@@ -246,6 +247,14 @@ def test_another_text_encoder_is_an_error_and_rounding_is_not() -> None:
             {"concepts": (A, replace(B, indices=torch.tensor([0, 5, 30])))},
             "feature 30 of 'b' is not in an autoencoder of 30 latents",
         ),
+        (
+            {"concepts": (A, replace(B, indices=torch.tensor([-1, 5, 9])))},
+            "feature -1 of 'b' is not in an autoencoder of 30 latents",
+        ),
+        ({"concepts": (A, replace(B, weights=B.weights * float("nan")))}, "the weights of 'b' contain NaN or infinity"),
+        ({"concepts": (A, replace(B, offset=float("nan")))}, "the weights of 'b' contain NaN or infinity"),
+        ({"fingerprint": torch.zeros(7)}, r"fingerprint must have the shape \(8,\), got \(7,\)"),
+        ({"anchors": torch.zeros(3, 8)}, r"anchors must have the shape \(2, 8\), got \(3, 8\)"),
         ({"edit": Edit("replace"), "anchors": None}, r"'replace' needs anchors; make the eraser with itd\.erase"),
         ({"edit": Edit("refuse"), "anchors": None}, r"'refuse' needs anchors; make the eraser with itd\.erase"),
     ],
@@ -495,6 +504,24 @@ def test_an_altered_eraser_is_an_error_that_names_its_place(
     make(sae=saved).save(tmp_path / "eraser")
     edit_config(tmp_path / "eraser", **changes)
     with pytest.raises(ValueError, match=message):
+        Eraser.load(tmp_path / "eraser")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("indices", torch.int32, "indices is of type torch.int32, expected torch.int64"),
+        ("weights", torch.int64, "weights is of type torch.int64, expected floating point"),
+        ("often", torch.float32, "often is of type torch.float32, expected torch.int32"),
+    ],
+)
+def test_tensors_of_another_type_are_an_error(saved: SAE, tmp_path: Path, name: str, dtype: torch.dtype, message: str) -> None:
+    make(sae=saved, often=torch.arange(5)).save(tmp_path / "eraser")
+    path = tmp_path / "eraser" / "features.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].to(dtype)}, path)
+    edit_config(tmp_path / "eraser", sha256={path.name: artifacts.sha256_of(path)})
+    with pytest.raises(ValueError, match=f"/eraser is malformed: {message}; save it again"):
         Eraser.load(tmp_path / "eraser")
 
 

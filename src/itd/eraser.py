@@ -41,6 +41,8 @@ WORDS = "words"
 """Field that says which words the text encoder had."""
 MORE_GATES = ("pooled", "draft", "picture")
 """Fields that hold a gate beside the one on features, or None."""
+INTEGERS = {"indices": torch.int64, "often": torch.int32}
+"""Tensors that are not floating point, and their types."""
 EARLIER_THRESHOLDS = {"pooled": 0.45, "draft": 0.25, "picture": 0.15}
 """Of these gates up to version 7, which did not say."""
 EditMode = Literal["scale", "remove", "subtract", "replace", "refuse"]
@@ -138,12 +140,17 @@ class Eraser:
             raise ValueError("an eraser needs at least one concept")
         if len(self.gate.thresholds) != len(self.concepts):
             raise ValueError(f"{len(self.concepts)} concepts need as many thresholds, got {len(self.gate.thresholds)}")
-        n_latents = self.sae.config.n_latents
+        n_latents, d_model = self.sae.config.n_latents, self.sae.config.d_model
         for concept in self.concepts:
-            if len(concept) and int(concept.indices.max()) >= n_latents:
-                raise ValueError(
-                    f"feature {int(concept.indices.max())} of {concept.name!r} is not in an autoencoder of {n_latents} latents"
-                )
+            outside = concept.indices[(concept.indices < 0) | (concept.indices >= n_latents)].tolist()
+            if outside:
+                raise ValueError(f"feature {outside[0]} of {concept.name!r} is not in an autoencoder of {n_latents} latents")
+            if not (concept.weights.isfinite().all() and math.isfinite(concept.scale) and math.isfinite(concept.offset)):
+                raise ValueError(f"the weights of {concept.name!r} contain NaN or infinity: it could not fire; make it again")
+        for name, shape in (("fingerprint", (d_model,)), ("anchors", (2, d_model))):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
         if self.often is not None and len(self.often):
             if len(self.often.unique()) != len(self.often):
                 raise ValueError("the latents in `often` must be distinct, or active ones would be counted twice")
@@ -425,6 +432,10 @@ class Eraser:
         tensors = read_tensors(folder, config, "features", needed_tensors, ("fingerprint", "anchors", "often", *origins))
         needed = find_sae(config["sae"], sae, folder)
         with reading(folder):
+            for name, tensor in tensors.items():
+                expected = INTEGERS.get(name)
+                if not (tensor.is_floating_point() if expected is None else tensor.dtype == expected):
+                    raise ValueError(f"{name} is of type {tensor.dtype}, expected {expected or 'floating point'}")
             sizes = [concept["n_features"] for concept in config["concepts"]]
             indices, weights = tensors["indices"].split(sizes), tensors["weights"].split(sizes)
             concepts = tuple(
