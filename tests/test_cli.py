@@ -230,6 +230,14 @@ def test_another_training_in_the_same_folder_is_refused(made: Path, capsys: pyte
     assert (made / "run" / "config.json").read_text() == before
 
 
+def test_a_device_to_train_on_that_is_not_there_is_an_error(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("train", "--activations", str(made / "acts"), "--out", str(tmp_path / "run"), *TRAIN, "--device", "cuda:7")
+    assert "--device cuda:7 is not available here" in failing(capsys, *argv)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(
     made: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,6 +168,8 @@ class Train(Command):
     """Rows of encoder and decoder."""
     k: int = 64
     """Latents that may be active at a position."""
+    device: str = "auto"
+    """Where it is trained: cpu, cuda, cuda:1. `auto`: a CUDA device where there is one."""
     settings: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
     @property
@@ -175,10 +177,11 @@ class Train(Command):
         return self.out / CONFIG
 
     def run(self) -> None:
+        device = inputs.find_device(self.device)
         with run_folder(self, self.resume_file):
             store = ActivationStore.load(self.activations)
             size = SAEConfig(d_model=store.d_model, n_latents=self.n_latents, k=self.k)
-            sae = train(store, size, self.settings, self.out).save(self.out / "sae")
+            sae = train(store, size, self.settings, self.out, device).save(self.out / "sae")
         metrics = sae.metrics
         print(f"FVU {metrics['fvu']:.4f}, dead latents {metrics['dead_share']:.1%}, {metrics['seconds']:.0f} seconds")
         print(f"autoencoder: {self.out / 'sae'}")
