@@ -288,7 +288,7 @@ def attached(pipe: Any, eraser: Eraser, texts: Sequence[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def concepts(options: Options) -> list[dict[str, Any]]:
-    """Check captions with 1 to 1,000 concepts: 32 of the rarer latents each, thresholds that one caption in 1,000 reaches."""
+    """Check captions with 1 to 1,000 concepts: 32 of the rarer latents each, thresholds above what retained prompts reach."""
     problem = options.problem
     folder, pipe = prepare(problem), build_tower(problem)
     sae = SAE.load(folder / "sae")
