@@ -57,6 +57,21 @@ def test_known_words_are_the_same_in_half_precision(pipe: Any) -> None:
             whole.require(cast, "text_encoder")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_words_that_were_rounded_once_are_still_known(pipe: Any, dtype: torch.dtype) -> None:
+    known = KnownWords.of(pipe, "text_encoder")
+    assert known is not None
+    pipe.text_encoder.to(dtype).to(torch.float32)
+    known.require(pipe, "text_encoder")
+    rounded = KnownWords.of(pipe, "text_encoder")
+    assert rounded is not None
+    assert rounded != known
+    assert rounded.agrees(known)
+    change(pipe)
+    with pytest.raises(ValueError, match="the words of text_encoder are not those"):
+        known.require(pipe, "text_encoder")
+
+
 def test_an_encoder_that_does_not_say_where_its_words_are_has_none(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown() -> None:
         raise NotImplementedError
