@@ -154,6 +154,7 @@ def test_a_jsonl_reads_back_what_it_wrote(tmp_path: Path) -> None:
         ("a.txt", "a cat\nun bébé".encode("latin-1"), r"a\.txt is not UTF-8 in line 2 .*; save it as UTF-8"),
         ("a.csv", "prompt\nun bébé".encode("latin-1"), r"a\.csv is not UTF-8 in line 2 .*; save it as UTF-8"),
         ("a.csv", b"concept,prompt\ncat,a cat\ndog\n", r"a\.csv, line 3 has the prompt None; write a text"),
+        ("a.csv", b'prompt,concept\n"a cat,cat\na dog,dog\n', r"a\.csv is not CSV after line 1 .*; close its quotes"),
         ("a.csv", b'prompt\n"' + b"cat " * 40_000, r"a\.csv is not CSV after line 1 \(field larger .*; close its quotes"),
         ("a.jsonl", b'{"prompt": "a cat"}\n\n{"prompt"\n', r"a\.jsonl, line 3 is not valid JSON \(.* in column 10\); write"),
         ("a.jsonl", b'{"prompt": "a cat"}\n5\n', r'a\.jsonl, line 2 is 5; write an object, as \{"prompt": "a cat"\}'),

@@ -125,7 +125,7 @@ class PromptSet(Sequence[Prompt]):
         Raises:
             ValueError: see `from_file`.
         """
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
         try:
             require_prompt_column(path, reader.fieldnames or ())
             return cls(tuple(prompt_of(row, f"{path}, line {reader.line_num}") for row in reader))
