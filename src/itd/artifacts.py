@@ -171,7 +171,8 @@ def save_artifact(
             hashes[path.name] = sha256_of(path)
             stamp_verified(path, hashes[path.name])
         header = {"kind": kind, "schema_version": version, "itd_version": itd_version(), "sha256": hashes}
-        (temporary / CONFIG).write_text(json.dumps(header | dict(config), indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(header | dict(config), indent=2, ensure_ascii=False) + "\n"
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
 
     write_folder(folder, kind, write)
 
