@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,15 @@ def test_the_features_are_those_of_the_middle_block_on_the_noised_picture(pipe: 
     side = seen[0].shape[-1] // 2
     wanted = [x.unfold(2, side, side).unfold(3, side, side).mean((4, 5)).flatten(1) for x in seen]
     torch.testing.assert_close(picture_features(pipe, latents), torch.cat(wanted, 1))
+
+
+def test_features_that_threads_read_at_once_are_those_read_alone(pipe: Any) -> None:
+    latents = torch.randn(6, 1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    alone = [picture_features(pipe, picture) for picture in latents]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda picture: picture_features(pipe, picture), [*latents] * 4))
+    for i, features in enumerate(together):
+        torch.testing.assert_close(features, alone[i % 6])
 
 
 def test_drawn_features_are_those_of_the_pipelines_pictures(pipe: Any) -> None:

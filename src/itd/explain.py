@@ -172,7 +172,7 @@ def decide_whole(eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[Deci
     site = eraser.hook_point
     tokenize = pipelines.tokenize_short if eraser.draft is None else pipelines.tokenize
     encoder, tokenizer = pipelines.encoder_of(pipe, site.encoder), pipelines.tokenizer_of(pipe, site.encoder)
-    device = next(encoder.parameters()).device
+    device = pipelines.device_of(encoder)
     worker = eraser if eraser.sae.W_enc.device == device else eraser.to(device)
     decisions: list[Decision] = []
     starts = range(0, len(prompts), WHOLE_BATCH)
@@ -186,7 +186,7 @@ def decide_whole(eraser: Eraser, pipe: Any, prompts: Sequence[str]) -> list[Deci
             out.extend(erased.decisions)
             return erased.x
 
-        with edit_output(site.resolve(pipe), edit):
+        with edit_output(site.resolve(pipe), edit, here=True):
             output = pipelines.run_encoder(pipe, site.encoder, tokens)
         for meanings in meanings_of(eraser, pipe, output):
             first = [d.with_meaning(meaning) for d, meaning in zip(first, meanings, strict=True)]

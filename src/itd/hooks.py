@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, TypeVar
 
 from jaxtyping import Float
@@ -106,14 +107,23 @@ class Handle:
         self.remove()
 
 
-def edit_output(module: nn.Module, edit: Edit) -> Handle:
-    """Replace the module's output by `edit(output)` where that is not None, before any other hook sees it."""
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that does nothing in other threads, so that what they run is neither read, edited nor stopped."""
+    owner = get_ident()
+    return lambda *given: hook(*given) if get_ident() == owner else None
+
+
+def edit_output(module: nn.Module, edit: Edit, here: bool = False) -> Handle:
+    """Replace the module's output by `edit(output)` where that is not None, before any other hook sees it.
+
+    here: in this thread only.
+    """
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         hidden = edit(untuple(output))
         return None if hidden is None else retuple(output, hidden)
 
-    return Handle(module.register_forward_hook(hook, prepend=True).remove)
+    return Handle(module.register_forward_hook(of_this_thread(hook) if here else hook, prepend=True).remove)
 
 
 def before_forward(module: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Handle:
@@ -125,13 +135,17 @@ def before_forward(module: nn.Module, look: Callable[[tuple[Any, ...], dict[str,
     return Handle(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
 
 
-def edit_result(module: nn.Module, edit: Callable[[tuple[Any, ...], dict[str, Any], Any], Any]) -> Handle:
-    """Replace all that the module returns by `edit(args, kwargs, result)` where that is not None."""
+def edit_result(module: nn.Module, edit: Callable[[tuple[Any, ...], dict[str, Any], Any], Any], here: bool = False) -> Handle:
+    """Replace all that the module returns by `edit(args, kwargs, result)` where that is not None.
+
+    here: in this thread only.
+    """
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         return edit(args, kwargs, result)
 
-    return Handle(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+    chosen = of_this_thread(hook) if here else hook
+    return Handle(module.register_forward_hook(chosen, with_kwargs=True, prepend=True).remove)
 
 
 def edit_decoded(vae: Any, edit: Callable[[Tensor, Tensor], Tensor | None]) -> Handle:
@@ -165,14 +179,14 @@ class _Stop(Exception):
 def recording(module: nn.Module) -> Generator[list[Tensor], None, None]:
     """Collect the module's outputs; the forward pass that calls it goes on."""
     outputs: list[Tensor] = []
-    with edit_output(module, outputs.append):
+    with edit_output(module, outputs.append, here=True):
         yield outputs
 
 
 def run_up_to(module: nn.Module, run: Callable[[], Any], read: Callable[[Any], Tensor] = untuple) -> Tensor:
     """Call `run()` and stop it as soon as `module` has given its output, of which `read` returns what is wanted.
 
-    By default these are hidden states, (batch, tokens, d_model).
+    What other threads run goes on. By default these are hidden states, (batch, tokens, d_model).
 
     Raises:
         RuntimeError: `run` ended without calling the module.
@@ -183,7 +197,7 @@ def run_up_to(module: nn.Module, run: Callable[[], Any], read: Callable[[Any], T
         outputs.append(read(result))
         raise _Stop
 
-    with edit_result(module, keep):
+    with edit_result(module, keep, here=True):
         try:
             run()
         except _Stop:
@@ -202,7 +216,7 @@ def run_past(module: nn.Module, run: Callable[[], Result], read: Callable[[Any],
     def keep(_args: tuple[Any, ...], _kwargs: dict[str, Any], result: Any) -> None:
         outputs.append(read(result))
 
-    with edit_result(module, keep):
+    with edit_result(module, keep, here=True):
         result = run()
     if not outputs:
         raise never_reached(module)
