@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import N_LAYERS, SITE, build_pipeline, build_text_encoder, build_xl_pipeline, make_eraser, make_sae
+from tiny import N_LAYERS, SITE, build_pipeline, build_text_encoder, build_xl_pipeline, make_eraser, make_sae, prompts_of
 from torch import Tensor
 
-from itd import SAE, Edit, Eraser, HookPoint, PromptSet, record
+from itd import SAE, Edit, EraseConfig, Eraser, HookPoint, PromptSet, erase, record
 from itd import attachment as attachment_module
 from itd.attachment import Roles, digest
+from itd.pictures import PictureGate
 
 HOUSE, CAT, BOAT = "a photo of a house", "a photo of a cat", "a photo of a boat"
 
@@ -405,6 +406,21 @@ def test_threads_that_share_a_pipeline_are_gated_each_for_itself(pipe: Any, eras
         assert torch.equal(states[0], alone[i % 2][0])
 
 
+def test_checking_in_other_threads_does_not_disturb_the_gate(pipe: Any, eraser: Eraser) -> None:
+    wanted = {prompt: eraser.check(pipe, [prompt], allow_new_words=True)[0].fired for prompt in (HOUSE, CAT, BOAT)}
+
+    def check(prompt: str) -> bool:
+        return eraser.check(pipe, [prompt], allow_new_words=True)[0].fired  # which remembers nothing
+
+    with eraser.attach(pipe) as attached, ThreadPoolExecutor(4) as pool:
+        alone = {prompt: encode(pipe, prompt)[0] for prompt in wanted}
+        checked = [(prompt, pool.submit(check, prompt)) for prompt in [*wanted] * 10]
+        encoded = [(prompt, pool.submit(encode, pipe, prompt)) for prompt in [*wanted] * 10]
+        assert all(found.result() == wanted[prompt] for prompt, found in checked)
+        assert all(torch.equal(found.result()[0], alone[prompt]) for prompt, found in encoded)
+    assert (attached.n_prompts, attached.n_fired) == (33, 11)
+
+
 def test_prompts_are_checked_alike_with_and_without_an_attached_eraser(pipe: Any, eraser: Eraser, boat_eraser: Eraser) -> None:
     plain = [check.score for check in boat_eraser.check(pipe, [CAT, HOUSE, BOAT])]
     with eraser.attach(pipe) as attached:
@@ -603,6 +619,54 @@ def test_embeddings_of_an_xl_pipeline_are_checked(xl_pipe: Any) -> None:
             draw(xl_pipe, None, **foreign)
         with pytest.raises(ValueError, match="pooled_prompt_embeds did not pass the gate"):
             draw(xl_pipe, None, **(own | {"pooled_prompt_embeds": foreign["pooled_prompt_embeds"] + 1}))
+
+
+def test_a_prompt_beside_its_pooled_embedding_is_gated(xl_pipe: Any) -> None:
+    names = "text_encoder", "text_encoder_2"
+    first, second = (xl_eraser(xl_pipe, HookPoint(name, "encoder.layers.1")) for name in names)
+    with first.attach(xl_pipe) as attached, second.attach(xl_pipe) as other:
+        pooled = encode(xl_pipe, CAT)[2]
+        gated = draw(xl_pipe, HOUSE, pooled_prompt_embeds=pooled, negative_prompt=HOUSE)
+        assert (attached.n_fired, other.n_fired) == (1, 1)
+    assert not same(gated, draw(xl_pipe, HOUSE, pooled_prompt_embeds=pooled, negative_prompt=HOUSE))
+
+
+def test_where_no_positive_text_is_known_nothing_passes_as_negative(pipe: Any, eraser: Eraser) -> None:
+    encode_prompt = pipe.encode_prompt
+
+    def encode_edits(edit: str, negative_prompt: str) -> tuple[Tensor, ...]:
+        return encode_prompt(edit, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
+                             negative_prompt=negative_prompt)  # fmt: skip
+
+    pipe.encode_prompt = encode_edits
+    with eraser.attach(pipe) as attached:
+        pipe.encode_prompt(HOUSE, negative_prompt=HOUSE)
+    assert [decision.fired for decision in attached.decisions] == [True, True]
+
+
+def test_an_attachment_that_fails_leaves_the_pipeline_as_it_was(
+    pipe: Any, eraser: Eraser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    plain = draw(pipe, HOUSE)
+    origin = PictureGate.origin_of(pipe)
+    gate = PictureGate(("house",), torch.zeros(1, len(origin)), torch.zeros(1), CAT, origin=origin)
+    monkeypatch.setattr(PictureGate, "require_image_model", full)
+    with pytest.raises(MemoryError):
+        replace(eraser, picture=gate).attach(pipe)
+    assert hooks_of(pipe) == 0
+    assert same(draw(pipe, HOUSE), plain)
+
+
+def test_an_eraser_that_is_made_on_an_attached_pipeline_is_the_same(pipe: Any, eraser: Eraser, sae: SAE) -> None:
+    config = EraseConfig(n_features=16, pooled_gate=True, draft_gate=True)
+    sets = prompts_of("boat"), prompts_of("dog", "horse", "house", "tree", "lamp", "cup")
+    made = erase(pipe, sae, SITE, *sets, config=config)
+    with eraser.attach(pipe) as attached:
+        assert erase(pipe, sae, SITE, *sets, config=config).sha256 == made.sha256
+    assert attached.n_prompts == 0
 
 
 def test_recording_and_checking_on_an_attached_pipeline_see_what_the_encoder_computes(pipe: Any, eraser: Eraser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import RLock, local
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from itd.words import version_of
 if TYPE_CHECKING:
     from itd.eraser import Eraser
 
-ENFORCER = "_itd_enforcer"
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
 ISSUED_ROWS = 2**16
 """How many of the rows that `encode_prompt` returned last may come back as embeddings."""
@@ -95,15 +94,16 @@ class Attachment(Handle):
             raise ValueError(f"the pipeline has no text encoder {unknown[0]!r}; it has {pipelines.text_encoders(pipe)}")
         self.encoder = pipelines.encoder_of(pipe, eraser.hook_point.encoder)
         module = eraser.hook_point.resolve(pipe)
-        with undisturbed(pipe):
-            eraser.require_encoder(pipelines.fingerprint(pipe, eraser.hook_point))
-            self.says = pipelines.last_state(pipe, eraser.hook_point.encoder)
+        eraser.require_encoder(pipelines.fingerprint(pipe, eraser.hook_point))
+        self.says = pipelines.last_state(pipe, eraser.hook_point.encoder)
         self.words = None if allow_new_words else eraser.words
         if self.words is not None:
             self.words.require(pipe, eraser.hook_point.encoder)
         self.stamp = stamp_of(self.encoder)
         self.worker = eraser
         self.decisions: list[Decision] = []
+        self.own = local()
+        """The decisions on the prompts that this thread encoded last, whose pictures it decodes."""
         self.n_prompts = self.n_fired = 0
         self.n_pictures = self.n_hidden = 0
         self.input_ids: Int[Tensor, "batch tokens"] | None = None
@@ -124,6 +124,8 @@ class Attachment(Handle):
 
     def remember_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the token ids that the encoder is called with: the masks come from them."""
+        if self.enforcer.substituting:  # another thread may be between its ids and the gate
+            return
         self.input_ids = kwargs.get("input_ids", args[0] if args else None)
 
     def gate(self, hidden: Float[Tensor, "batch tokens d_model"]) -> Tensor | None:
@@ -137,7 +139,7 @@ class Attachment(Handle):
         content = pipelines.content_mask(self.input_ids, tokenizer)
         editable = pipelines.edit_mask(self.input_ids, tokenizer)
         if self.roles is None:
-            self.decisions, marks = [], [True] * len(hidden)
+            self.decisions, marks = self.new_decisions(), [True] * len(hidden)
         else:
             marks = self.roles.gated(pipelines.written(ids, tokenizer) for ids in self.input_ids.tolist())
         self.marks = marks
@@ -157,6 +159,11 @@ class Attachment(Handle):
         if erased.x is given:
             return None
         return erased.x if all(marks) else hidden.masked_scatter(rows[:, None, None], erased.x)
+
+    def new_decisions(self) -> list[Decision]:
+        """Return an empty list for what this thread is about to encode."""
+        self.own.decisions = list[Decision]()
+        return self.own.decisions
 
     def judge(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Give gated rows that mean a concept, or are refused, what an anchor is given; None leaves the result, bit for bit."""
@@ -215,8 +222,7 @@ class Attachment(Handle):
                 f"{len(states)} states; nothing was generated"
             )
         repeats = len(states) // n_prompts
-        with self.enforcer.substitution():
-            meanings = gate.decide(draft_states(self.pipe, states[::repeats]))
+        meanings = gate.decide(draft_states(self.pipe, states[::repeats]))
         self.add_meanings(meanings)
         found = torch.tensor([bool(meaning.concepts) for meaning in meanings for _ in range(repeats)], device=states.device)
         return torch.where(found[:, None, None], anchor_of(gate.anchor), states) if found.any() else states
@@ -226,15 +232,15 @@ class Attachment(Handle):
         gate = self.eraser.picture
         if gate is None:
             return torch.zeros(len(latents), dtype=torch.bool)
-        with self.enforcer.substitution():
-            meanings = gate.decide(picture_features(self.pipe, latents))
+        meanings = gate.decide(picture_features(self.pipe, latents))
         hidden = torch.tensor([bool(meaning.concepts) for meaning in meanings])
         self.n_pictures += len(meanings)
         self.n_hidden += int(hidden.sum())
-        if self.decisions and len(meanings) % len(self.decisions) == 0:
-            repeats = len(meanings) // len(self.decisions)
+        decisions: list[Decision] = getattr(self.own, "decisions", [])
+        if decisions and len(meanings) % len(decisions) == 0:
+            repeats = len(meanings) // len(decisions)
             for i, meaning in enumerate(meanings):
-                self.decisions[i // repeats] = self.decisions[i // repeats].with_meaning(meaning)
+                decisions[i // repeats] = decisions[i // repeats].with_meaning(meaning)
         return hidden
 
     def begin_call(self, arguments: dict[str, Any], has_prompt: bool, ordered: bool) -> None:
@@ -244,8 +250,9 @@ class Attachment(Handle):
             raise RuntimeError(f"{name} was replaced after the eraser was attached; remove and attach it again")
         self.require_unchanged()
         positive = texts_of(arguments, "prompt", name) if has_prompt else []
-        negative = texts_of(arguments, "negative_prompt", name) or [""]
-        self.runs_in_call, self.decisions = 0, []
+        is_told = has_prompt or arguments.get("prompt_embeds") is not None  # else nothing that is said passes as negative
+        negative = (texts_of(arguments, "negative_prompt", name) if is_told else []) or [""]
+        self.runs_in_call, self.decisions = 0, self.new_decisions()
         tokenizer = pipelines.tokenizer_of(self.pipe, name)
         rows = [pipelines.token_rows(self.pipe, name, texts, whole=True) for texts in (positive, negative)]
         ids = [[pipelines.written(row, tokenizer) for row in side] for side in rows]
@@ -257,8 +264,7 @@ class Attachment(Handle):
         if stamp == self.stamp:
             return
         name = self.eraser.hook_point.encoder
-        with self.enforcer.substitution():
-            says = pipelines.last_state(self.pipe, name)
+        says = pipelines.last_state(self.pipe, name)
         if not (says.isnan().any() or same_up_to(says, self.says)):  # NaN is the gate's to say
             raise RuntimeError(f"{name} was changed after the eraser was attached; remove it and attach one made for it")
         if self.words is not None:
@@ -270,7 +276,7 @@ class Attachment(Handle):
         if clip_skip in self.reaches or self.eraser.edit.mode == "refuse":
             return
         plain = first_tensor(encode())
-        with edit_output(self.eraser.hook_point.resolve(self.pipe), torch.neg):
+        with edit_output(self.eraser.hook_point.resolve(self.pipe), torch.neg, here=True):
             turned = first_tensor(encode())
         if torch.equal(plain, turned):
             raise ValueError(
@@ -320,11 +326,11 @@ class Enforcer:
         self.guarded = pipelines.image_model(pipe)
         self.guard = before_forward(self.guarded, self.check_embeddings)
         pipe.encode_prompt = self.encode_gated
-        setattr(pipe, ENFORCER, self)
+        setattr(pipe, pipelines.ENFORCER, self)
 
     @classmethod
     def of(cls, pipe: Any) -> Enforcer:
-        return getattr(pipe, ENFORCER, None) or cls(pipe)
+        return getattr(pipe, pipelines.ENFORCER, None) or cls(pipe)
 
     def add(self, attachment: Attachment) -> None:
         """Enforce one more eraser; embeddings that were encoded without it are not accepted any more.
@@ -337,9 +343,8 @@ class Enforcer:
             if draft is not None:
                 self.require_drafts(draft)
             if picture is not None:
-                with self.substitution():
-                    picture.require_image_model(self.pipe)
-        except ValueError:
+                picture.require_image_model(self.pipe)
+        except BaseException:
             self.release_unused()
             raise
         self.attachments.append(attachment)
@@ -358,8 +363,7 @@ class Enforcer:
         if not self.is_known:
             kind = type(self.pipe).__name__
             raise ValueError(f"a draft gate is enforced on diffusers' Stable Diffusion pipelines only, this is {kind}")
-        with self.substitution():
-            gate.require_image_model(self.pipe)
+        gate.require_image_model(self.pipe)
 
     def release_unused(self) -> None:
         """Leave the pipeline as it was if no eraser is attached, and its decoder if none has a picture gate."""
@@ -371,7 +375,7 @@ class Enforcer:
             del self.pipe.encode_prompt
             if self.replaced is not None:
                 self.pipe.encode_prompt = self.replaced
-            delattr(self.pipe, ENFORCER)
+            delattr(self.pipe, pipelines.ENFORCER)
 
     @torch.no_grad()
     def hide(self, given: Float[Tensor, "n c h w"], images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"] | None:
@@ -379,12 +383,17 @@ class Enforcer:
 
         given: latents as the decoder gets them.
         """
-        latents = (given * self.pipe.vae.config.scaling_factor).to(next(self.pipe.unet.parameters()))
+        if self.substituting:
+            return None
+        unet = self.pipe.unet
+        latents = (given * self.pipe.vae.config.scaling_factor).to(pipelines.device_of(unet), unet.dtype)
         hidden = torch.stack([attachment.look(latents) for attachment in self.attachments]).any(0).to(images.device)
         return images.masked_fill(hidden[:, None, None, None], BLACK) if hidden.any() else None
 
     def encode_gated(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline's `encode_prompt` with the gate armed for the positive prompts; see `encode_alone`."""
+        if self.substituting:
+            return self.encode_prompt(*args, **kwargs)
         with self.lock:
             return self.encode_alone(*args, **kwargs)
 
@@ -402,7 +411,7 @@ class Enforcer:
         for name in by_hand:
             if not self.passed(arguments[name], positive=True):
                 raise ValueError(f"{name} did not pass the gate of the attached eraser; pass the prompt as text")
-        has_prompt = not by_hand and arguments.get("prompt") is not None
+        has_prompt = arguments.get("prompt") is not None and arguments.get("prompt_embeds") is None
         if has_prompt:
             self.require_all_gated()
             for attachment in self.attachments:
@@ -522,12 +531,6 @@ class Enforcer:
         """Tell whether these states were checked in the step before and not written to since."""
         known, version = self.admitted.get(name, (None, None))
         return known is states and version is not None and version == version_of(states)
-
-
-def undisturbed(pipe: Any) -> AbstractContextManager[None]:
-    """Return a context in which no attached eraser looks at what this thread encodes on the pipeline."""
-    enforcer: Enforcer | None = getattr(pipe, ENFORCER, None)
-    return nullcontext() if enforcer is None else enforcer.substitution()
 
 
 def stamp_of(module: nn.Module) -> list[tuple[int, int | None, int]]:

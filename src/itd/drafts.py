@@ -176,7 +176,8 @@ def draft(pipe: Any, states: Float[Tensor, "prompts tokens d_text"]) -> Float[Te
     kind, last = pipe.scheduler.config.prediction_type, pipe.scheduler.config.num_train_timesteps - 1
     noise = fixed_noise((1, *latent_shape(pipe))).to(states)
     x, t = noise.expand(len(states), -1, -1, -1), torch.tensor(last, device=states.device)
-    output, middle = run_past(unet.mid_block, lambda: unet(x, t, encoder_hidden_states=states), read=lambda result: result)
+    with pipelines.undisturbed(pipe):
+        output, middle = run_past(unet.mid_block, lambda: unet(x, t, encoder_hidden_states=states), read=lambda result: result)
     said = output.sample
     alpha = pipe.scheduler.alphas_cumprod[last].to(states)
     if kind == "v_prediction":

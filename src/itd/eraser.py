@@ -352,11 +352,9 @@ class Eraser:
         Raises:
             ValueError: another text encoder; words that it learnt after the eraser was made, unless `allow_new_words`.
         """
-        from itd.attachment import undisturbed
         from itd.explain import check
 
-        with undisturbed(pipe):
-            return check(self, pipe, [prompts] if isinstance(prompts, str) else list(prompts), allow_new_words)
+        return check(self, pipe, [prompts] if isinstance(prompts, str) else list(prompts), allow_new_words)
 
     def save(self, folder: str | Path) -> None:
         """Write the eraser: a few kB per concept. Its autoencoder is named by hash and place, not copied.

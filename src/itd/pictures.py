@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from itd import pipelines
 from itd.drafts import ImageModelGate, fixed_noise, latent_shape, over_squares, states_of
 from itd.hooks import run_up_to
 
@@ -50,7 +51,7 @@ class PictureGate(ImageModelGate):
     @staticmethod
     def origin_of(pipe: Any) -> Float[Tensor, " d"]:
         """Return the features of an empty latent image."""
-        empty = next(pipe.unet.parameters()).new_zeros(1, *latent_shape(pipe))
+        empty = torch.zeros(1, *latent_shape(pipe), dtype=pipe.unet.dtype, device=pipelines.device_of(pipe.unet))
         with torch.no_grad():
             return picture_features(pipe, empty)[0].cpu()
 
@@ -71,7 +72,8 @@ def picture_features(pipe: Any, latents: Float[Tensor, "n c h w"]) -> Float[Tens
         t = torch.tensor(int(share * pipe.scheduler.config.num_train_timesteps), device=latents.device)
         alpha = pipe.scheduler.alphas_cumprod[int(t)].to(latents)
         given = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        found.append(over_squares(middle_block(pipe.unet, given, t, states)))
+        with pipelines.undisturbed(pipe):
+            found.append(over_squares(middle_block(pipe.unet, given, t, states)))
     return torch.cat(found, 1)
 
 
@@ -97,6 +99,7 @@ def drawn_features(
     for start in tqdm(starts, desc="draw prompts", unit="batch", leave=False, disable=len(starts) < 4):
         batch = list(prompts[start : start + BATCH])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        latents = pipe(batch, generator=generators, output_type="latent", **options).images
+        with pipelines.undisturbed(pipe):
+            latents = pipe(batch, generator=generators, output_type="latent", **options).images
         found.append(picture_features(pipe, latents).cpu())
     return torch.cat(found)

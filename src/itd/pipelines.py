@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from itd.hooks import HookPoint, run_up_to
 
+ENFORCER = "_itd_enforcer"
+"""Attribute of a pipeline that has erasers attached; it holds what enforces them."""
 PROBE = "a photo of a thing"
 """The prompt whose activation identifies a text encoder."""
 BATCH = 256
@@ -177,11 +180,25 @@ def begin_token(tokenizer: Any) -> int | None:
     return None if begin == tokenizer.eos_token_id else begin
 
 
+def undisturbed(pipe: Any) -> AbstractContextManager[None]:
+    """Return a context in which no attached eraser looks at what this thread does with the pipeline."""
+    enforcer = getattr(pipe, ENFORCER, None)
+    return nullcontext() if enforcer is None else enforcer.substitution()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes: under offloading not where its parameters are between calls."""
+    found = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if found is None else torch.device(found)
+
+
 def run_encoder(pipe: Any, encoder: str, tokens: Tokens) -> Any:
-    """Return what the whole text encoder says of tokens, wherever it is."""
-    module: Any = encoder_of(pipe, encoder)
-    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(module.device)
-    return module(tokens.input_ids.to(module.device), attention_mask=mask)
+    """Return what the whole text encoder says of tokens, wherever it is; attached erasers do not look at it."""
+    module = encoder_of(pipe, encoder)
+    device = device_of(module)
+    mask = None if tokens.attention_mask is None else tokens.attention_mask.to(device)
+    with undisturbed(pipe):
+        return module(tokens.input_ids.to(device), attention_mask=mask)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def encode_instead(
     module: nn.Module = pipelines.encoder_of(pipe, encoder)
     tokenizer = pipelines.tokenizer_of(pipe, encoder)
     row = tokenizer([prompt], padding="max_length", max_length=n_tokens, truncation=True, return_tensors="pt")
-    device = next(module.parameters()).device
+    device = pipelines.device_of(module)
     given: dict[str, Any] = dict(kwargs)
     if given.get("attention_mask") is not None:
         given["attention_mask"] = row.attention_mask.to(device)
