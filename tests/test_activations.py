@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from reference.activations import count_activations
-from tiny import prompts_of
+from tiny import build_pipeline, prompts_of
 
 from itd import ActivationStore, HookPoint, PromptSet, activations, pipelines, record
 from itd.activations import Folder, joined, stream, stream_contents
@@ -122,6 +122,10 @@ def test_a_recording_reads_back_as_it_was_made(pipe: Any, site: HookPoint, tmp_p
     assert ActivationStore.load(tmp_path).hook_point == site
 
 
+PROBES = 1
+"""Calls of the encoder before the first batch: what identifies it."""
+
+
 @pytest.mark.parametrize("batch", [0, 1, 2, 3, 5])
 def test_an_interrupted_recording_goes_on_and_equals_one_that_was_not(
     pipe: Any, site: HookPoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
@@ -129,7 +133,7 @@ def test_an_interrupted_recording_goes_on_and_equals_one_that_was_not(
     prompts = prompts_of("cat", "dog") + prompts_of("cat")
     whole = record(pipe, site, prompts, tmp_path / "whole", batch_size=4, shard_prompts=6)
     with monkeypatch.context() as patch:
-        die_in_batch(patch, batch)
+        die_in_batch(patch, PROBES + batch)
         with pytest.raises(KeyboardInterrupt):
             record(pipe, site, prompts, tmp_path / "part", batch_size=4, shard_prompts=6)
     with pytest.raises(ValueError, match="the recording was interrupted; record again with the same prompts"):
@@ -138,7 +142,7 @@ def test_an_interrupted_recording_goes_on_and_equals_one_that_was_not(
     resumed = record(pipe, site, prompts, tmp_path / "part", batch_size=4, shard_prompts=6)
     assert same_store(resumed, whole)
     assert same_store(ActivationStore.load(tmp_path / "part"), whole)
-    assert sum(calls) == 18 - 6 * (batch // 2), "finished shards are not computed again"
+    assert sum(calls[PROBES:]) == 18 - 6 * (batch // 2), "finished shards are not computed again"
 
 
 def test_a_full_disk_leaves_no_half_written_shard(
@@ -173,6 +177,21 @@ def test_a_folder_with_another_recording_is_refused(pipe: Any, site: HookPoint, 
     with pytest.raises(ValueError, match=f"holds a recording with another {changed}.*; name another folder"):
         record(pipe, place, prompts, tmp_path, shard_prompts=size)
     assert len(ActivationStore.load(tmp_path)) > 0
+
+
+def test_a_recording_of_another_text_encoder_is_not_gone_on_with(
+    pipe: Any, site: HookPoint, tmp_path: Path, tokenizer: Any
+) -> None:
+    store = record(pipe, site, prompts_of("cat"), tmp_path)
+    other = build_pipeline(tokenizer)
+    with torch.no_grad():
+        other.text_encoder.encoder.layers[0].mlp.fc2.bias += 1
+    with pytest.raises(ValueError, match="holds a recording of another text encoder; name another folder"):
+        record(other, site, prompts_of("cat"), tmp_path)
+    assert same_store(ActivationStore.load(tmp_path), store)
+    other.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    other.text_encoder.to(torch.bfloat16).to(torch.float32)
+    record(other, site, prompts_of("cat"), tmp_path)
 
 
 def test_nothing_to_record_is_an_error(pipe: Any, site: HookPoint) -> None:
@@ -222,7 +241,7 @@ def test_a_truncated_shard_is_an_error_that_names_it(pipe: Any, site: HookPoint,
     record(pipe, site, prompts_of("cat"), tmp_path)
     shard = tmp_path / "activations-00000000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"activations-00000000\.safetensors is truncated or altered.*record again"):
+    with pytest.raises(ValueError, match=r"activations-00000000\.safetensors is not a safetensors file.*record again"):
         ActivationStore.load(tmp_path)
 
 

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from itd import pipelines
-from itd.artifacts import CONFIG, itd_version, read_object
+from itd.artifacts import CONFIG, itd_version, read_object, safetensors_errors
 from itd.hooks import HookPoint
+from itd.kernels import same_up_to
 from itd.prompts import PromptSet
 
 logger = logging.getLogger(__name__)
@@ -181,11 +182,8 @@ class ActivationStore:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or altered ({error}); delete the folder and record again") from error
+    with safetensors_errors(path, "delete the folder and record again"), safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 class Folder:
@@ -237,7 +235,8 @@ def record(
     last shard.
 
     Raises:
-        ValueError: no prompts, less than one at a time, an unknown hook point, or `out` holds a recording of other prompts.
+        ValueError: no prompts, less than one at a time, an unknown hook point, or `out` holds a recording of other prompts
+            or of another text encoder.
     """
     if len(prompts) == 0:
         raise ValueError("record needs at least one prompt")
@@ -249,7 +248,8 @@ def record(
     counted = Folder(pipelines.is_causal(encoder), Counter(prompts.texts), pipelines.uses_attention_mask(encoder))
     config = {
         "kind": "activations", "itd_version": itd_version(), "hook_point": str(site), "prompts_sha256": prompts.sha256,
-        "shard_prompts": shard_prompts, "finished": False, "shards": [],
+        "fingerprint": pipelines.fingerprint(pipe, site).tolist(), "shard_prompts": shard_prompts,
+        "finished": False, "shards": [],
     }  # fmt: skip
     if out is not None:
         claim_folder(Path(out), config)
@@ -276,6 +276,9 @@ def claim_folder(out: Path, config: dict[str, Any]) -> None:
         for key in ("kind", "hook_point", "prompts_sha256", "shard_prompts"):
             if found.get(key) != config[key]:
                 raise ValueError(f"{out} holds a recording with another {key}; name another folder")
+        mine, theirs = (torch.tensor(each["fingerprint"]) for each in (config, {**config, **found}))
+        if not same_up_to(mine, theirs):
+            raise ValueError(f"{out} holds a recording of another text encoder; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config, indent=2))
 
