@@ -159,6 +159,7 @@ def test_a_jsonl_reads_back_what_it_wrote(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a cat"}\n\n{"prompt"\n', r"a\.jsonl, line 3 is not valid JSON \(.* in column 10\); write"),
         ("a.jsonl", b'{"prompt": "a cat"}\n5\n', r'a\.jsonl, line 2 is 5; write an object, as \{"prompt": "a cat"\}'),
         ("a.jsonl", b'["prompt"]', r"a\.jsonl, line 1 is \['prompt'\]; write an object"),
+        ("a.jsonl", b'{"prompt": "a cat", "template": 5}', r"a\.jsonl, line 1 has the template 5; write a text with \{\}"),
         ("a.jsonl", b'{"prompt": null}', r"a\.jsonl, line 1 has the prompt None; write a text"),
         ("a.jsonl", b'{"text": "a cat"}', r"a\.jsonl, line 1 has no column 'prompt'; its columns are \['text'\]"),
     ],
@@ -225,6 +226,14 @@ def test_splitting_by_template_puts_no_template_into_two_splits_and_every_concep
     assert sum(map(len, templates)) == len(set.union(*templates))
     for split in SPLITS:
         assert values(prompts, split, "concept") == set(NAMES)
+
+
+def test_concepts_with_sentences_of_their_own_are_in_every_split() -> None:
+    prompts = PromptSet(tuple(Prompt(f"{name} {i}", name) for name in NAMES for i in range(4)))
+    for seed in range(5):
+        dealt = prompts.split_by_template(seed)
+        for split in SPLITS:
+            assert values(dealt, split, "concept") == set(NAMES)
 
 
 def test_splitting_by_concept_and_template_shares_neither() -> None:

@@ -204,12 +204,18 @@ class PromptSet(Sequence[Prompt]):
     # Splitting
 
     def split_by_template(self, seed: int = 0, shares: tuple[float, float, float] = (0.5, 0.3, 0.2)) -> PromptSet:
-        """Assign splits so that no template (or, without one, no text) stands in two; every concept is in each.
+        """Assign splits so that no template (or, without one, no text) stands in two.
 
-        Prompts that have a split keep it.
+        Every concept is in each that has three templates of its own, or all that are shared. Prompts that have a split keep it.
         """
-        keys = sorted({p.template or p.text for p in self.prompts if p.split is None})
-        split_of = assign(keys, seed, shares)
+        concepts: dict[str, set[str | None]] = {}
+        for prompt in self.prompts:
+            if prompt.split is None:
+                concepts.setdefault(prompt.template or prompt.text, set()).add(prompt.concept)
+        pools: dict[frozenset[str | None], list[str]] = {}  # what one concept alone has is dealt within the concept
+        for key, owners in sorted(concepts.items()):
+            pools.setdefault(frozenset(owners if len(owners) == 1 else ()), []).append(key)
+        split_of = {key: split for keys in pools.values() for key, split in assign(keys, seed, shares).items()}
         return PromptSet(tuple(p if p.split else replace(p, split=split_of[p.template or p.text]) for p in self.prompts))
 
     def split_by_concept_and_template(self, seed: int = 0, shares: tuple[float, float, float] = (0.5, 0.3, 0.2)) -> PromptSet:
@@ -250,7 +256,10 @@ def prompt_of(row: Any, where: str) -> Prompt:
     text, concept = row["prompt"], row.get("concept") or row.get("class") or None
     if not isinstance(text, str):
         raise ValueError(f'{where} has the prompt {text!r}; write a text, which may be ""')
-    return Prompt(text, None if concept is None else str(concept), row.get("template") or recover_template(text, concept))
+    template = row.get("template") or recover_template(text, concept)
+    if not isinstance(template, str | None):
+        raise ValueError(f"{where} has the template {template!r}; write a text with {{}} for the concept, or leave it out")
+    return Prompt(text, None if concept is None else str(concept), template)
 
 
 def parse_line(line: str, where: str) -> Any:
