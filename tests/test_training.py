@@ -428,6 +428,14 @@ def test_a_checkpoint_of_another_run_is_refused(store: ActivationStore, tmp_path
         train(store, size, settings, out=tmp_path)
 
 
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(store: ActivationStore, tmp_path: Path) -> None:
+    train(store, SIZE, SHORT, tmp_path)
+    path = tmp_path / training.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=rf"{training.CHECKPOINT} is not a safetensors file .*; delete it and train again"):
+        train(store, SIZE, SHORT, tmp_path)
+
+
 def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_nothing_half_written(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,7 +482,14 @@ def test_counts_must_be_positive(name: str) -> None:
         TrainConfig(**{name: 0})
 
 
-@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
 def test_the_learning_rate_must_be_positive(lr: float) -> None:
-    with pytest.raises(ValueError, match="lr must be positive"):
+    with pytest.raises(ValueError, match="lr must be positive and finite"):
         TrainConfig(lr=lr)
+
+
+@pytest.mark.parametrize("name", ["warmup_steps", "k_aux", "aux_weight"])
+def test_what_may_be_switched_off_must_not_be_negative(name: str) -> None:
+    TrainConfig(**{name: 0})
+    with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite, got -3"):
+        TrainConfig(**{name: -3})

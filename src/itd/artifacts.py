@@ -286,11 +286,12 @@ def view_bytes(mapping: mmap.mmap, offset: int, dtype: torch.dtype, shape: list[
 
 
 @contextmanager
-def safetensors_errors(path: Path) -> Generator[None, None, None]:
+def safetensors_errors(path: Path, mend: str = "save it again") -> Generator[None, None, None]:
+    """Turn what a damaged safetensors file raises into a ValueError that names it and the mend."""
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}); save it again") from error
+        raise ValueError(f"{path} is not a safetensors file ({error}); {mend}") from error
 
 
 def verified_path(folder: str | Path, config: Mapping[str, Any], name: str, verify: bool | None = None) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.optim.adam import adam
 from tqdm import tqdm
 
 from itd.activations import ActivationStore, write_tensors
+from itd.artifacts import safetensors_errors
 from itd.kernels import Group, RowGradients, SparseCodes, encode_groups, gradient_chunks, sort_by_latent, sparse_decode
 from itd.memory import free_memory, training_memory
 from itd.moments import DITHER, MomentType, read_moments, write_moments, zero_moments
@@ -82,8 +84,11 @@ class TrainConfig:
         for name in ("n_tokens", "batch_tokens", "checkpoint_every", "dead_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("warmup_steps", "k_aux", "aux_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
 
     @property
     def n_steps(self) -> int:
@@ -366,9 +371,9 @@ class Trainer:
         """Restore the state; return the step to go on with and the seconds spent before.
 
         Raises:
-            ValueError: the checkpoint is of another run.
+            ValueError: the checkpoint is damaged, or of another run.
         """
-        with safe_open(path, framework="pt") as file:
+        with safetensors_errors(path, "delete it and train again"), safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if metadata["run"] != self.identity():
                 raise ValueError(f"{path} is a checkpoint of other activations or settings; name another folder or delete it")
