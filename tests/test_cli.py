@@ -428,6 +428,13 @@ def test_names_and_files_mix_and_a_file_is_a_concept(tmp_path: Path) -> None:
     assert set(target.about("pets").texts) == {"my cat", "my dog"}
 
 
+def test_a_file_of_another_kind_is_no_name(tmp_path: Path) -> None:
+    (tmp_path / "cats.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"cats\.json is a file, but not one of prompts, which end in \.csv, .*; rename"):
+        inputs.target_prompts([str(tmp_path / "cats.json")])
+    assert inputs.target_prompts(["mr. json"]).concepts == ("mr. json",)
+
+
 def test_kept_names_are_dealt_to_fit_and_calibrate() -> None:
     prompts = inputs.kept_prompts(["cat", "dog", "horse"])
     assert prompts.of("fit").concepts == ("cat", "dog")

@@ -215,8 +215,17 @@ class ConceptSets(NamedTuple):
 
 
 def is_file(value: str) -> bool:
-    """Tell whether a value names a prompt file; anything else is the name of a concept."""
-    return Path(value).suffix.lower() in PROMPT_FILES
+    """Tell whether a value names a prompt file; anything else is the name of a concept.
+
+    Raises:
+        ValueError: it is a file, and none of prompts by its ending.
+    """
+    found = Path(value).suffix.lower() in PROMPT_FILES
+    if not found and Path(value).is_file():
+        raise ValueError(
+            f"{value} is a file, but not one of prompts, which end in {', '.join(PROMPT_FILES)}; rename or convert it"
+        )
+    return found
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[str]:
