@@ -90,13 +90,11 @@ def write_pictures(pictures: Iterator[Picture], out: Path, total: int, names: Se
         old.unlink(missing_ok=True)
     rows: list[dict[str, Any]] = []
     write_metadata(rows, out)
-    try:
-        for index, picture in enumerate(tqdm(pictures, desc="generate", unit="image", total=total, disable=total < 2)):
-            file = f"{index:03d}-{slug(picture.prompt)}.png"
-            picture.image.save(out / file)
-            gate = gate_row(picture.decision, names)
-            rows.append({"file": file, "prompt": picture.prompt, "seed": picture.seed, "gate": gate})
-    finally:
+    for index, picture in enumerate(tqdm(pictures, desc="generate", unit="image", total=total, disable=total < 2)):
+        file = f"{index:03d}-{slug(picture.prompt)}.png"
+        picture.image.save(out / file)
+        gate = gate_row(picture.decision, names)
+        rows.append({"file": file, "prompt": picture.prompt, "seed": picture.seed, "gate": gate})
         write_metadata(rows, out)
     return rows
 
