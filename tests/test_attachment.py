@@ -389,6 +389,19 @@ def test_a_text_encoder_that_was_written_to_is_an_error_before_and_behind_the_ho
         draw(pipe, CAT)
 
 
+def test_pipelines_that_share_an_image_model_are_not_both_gated(pipe: Any, eraser: Eraser) -> None:
+    other = type(pipe)(**pipe.components, requires_safety_checker=False)
+    plain = draw(pipe, CAT)
+    with eraser.attach(pipe):
+        with pytest.raises(ValueError, match="another pipeline shares this image model and has an eraser attached"):
+            eraser.attach(other)
+        with pytest.raises(RuntimeError, match="let the pipeline that it is attached to encode the prompt"):
+            draw(other, CAT)
+        assert same(draw(pipe, CAT), plain)
+    with eraser.attach(other):
+        assert same(draw(other, CAT), plain)
+
+
 def test_a_replaced_image_model_is_an_error(pipe: Any, eraser: Eraser) -> None:
     with eraser.attach(pipe):
         pipe.unet = copy.deepcopy(pipe.unet)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from threading import RLock, local
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +28,8 @@ from itd.words import version_of
 if TYPE_CHECKING:
     from itd.eraser import Eraser
 
+GUARDED: WeakSet[nn.Module] = WeakSet()
+"""Image models of pipelines with erasers attached."""
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
 ISSUED_ROWS = 2**16
 """How many of the rows that `encode_prompt` returned last may come back as embeddings."""
@@ -324,6 +327,12 @@ class Enforcer:
         """The pipeline's own attribute, where it had one that hid the method of its class."""
         self.signature = inspect.signature(self.encode_prompt)
         self.guarded = pipelines.image_model(pipe)
+        if self.guarded in GUARDED:
+            raise ValueError(
+                "another pipeline shares this image model and has an eraser attached, which would refuse what this one says: "
+                "remove that eraser first"
+            )
+        GUARDED.add(self.guarded)
         self.guard = before_forward(self.guarded, self.check_embeddings)
         pipe.encode_prompt = self.encode_gated
         setattr(pipe, pipelines.ENFORCER, self)
@@ -372,6 +381,7 @@ class Enforcer:
             self.watched = None
         if not self.attachments:
             self.guard.remove()
+            GUARDED.discard(self.guarded)
             del self.pipe.encode_prompt
             if self.replaced is not None:
                 self.pipe.encode_prompt = self.replaced
@@ -523,7 +533,7 @@ class Enforcer:
             if not self.passed(value):
                 raise RuntimeError(
                     "text states reached the image model without passing the gate of the attached eraser; "
-                    "let the pipeline encode the prompt"
+                    "let the pipeline that it is attached to encode the prompt"
                 )
             self.admitted[name] = value, version_of(value)
 
