@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from itd import Eraser, pipelines
+from itd import Edit, Eraser, pipelines
 from itd.attacks import Goal, System
 from itd.attacks.diffusion import (
     borrowed_row,
@@ -73,6 +74,18 @@ def test_embeddings_stand_in_for_tokens_and_have_a_gradient(pipe: Any, eraser: E
         assert gradient[0, 1:6].abs().sum() > 0
     (slope,) = torch.autograd.grad(encode(pipe, input_ids, rows, eraser).margins.sum(), rows)  # type: ignore[union-attr]
     assert slope.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", ["subtract", "replace", "refuse"])
+def test_who_does_not_know_the_gate_still_has_a_gradient_where_it_fires(pipe: Any, eraser: Eraser, mode: Any) -> None:
+    protecting = replace(eraser, edit=Edit(mode), anchors=torch.ones(2, 32))
+    input_ids = tokens_of(pipe, "a photo of a house")
+    rows = token_embedding(pipe).weight.detach()[input_ids].requires_grad_()
+    stopped, through = (encode(pipe, input_ids, rows, protecting, through=way) for way in (False, True))
+    torch.testing.assert_close(through.states, stopped.states, rtol=1e-3, atol=1e-4)
+    sizes = [float(torch.autograd.grad(found.states.square().sum(), rows)[0].abs().sum()) for found in (stopped, through)]
+    assert sizes[1] > 0
+    assert (sizes[0] > 0) == (mode != "refuse")
 
 
 def test_encoding_leaves_no_hook_behind(pipe: Any, eraser: Eraser) -> None:

@@ -68,20 +68,32 @@ def gate_margin(eraser: Eraser, x: Float[Tensor, "tokens d_model"]) -> Float[Ten
     return (prompt_scores(eraser, x) - thresholds).amax()
 
 
+def straight_through(put: Tensor, given: Tensor) -> Tensor:
+    """Return `put` with the gradient that `given` has: what takes its place has none, so a search would stand still.
+
+    Source: Athalye et al. 2018, Obfuscated gradients give a false sense of security, section 4.1 (BPDA).
+    """
+    return given + (put - given).detach()
+
+
 def erase_activations(
     eraser: Eraser,
     x: Float[Tensor, "batch tokens d_model"],
     content: Bool[Tensor, "batch tokens"],
     editable: Bool[Tensor, "batch tokens"],
+    through: bool = False,
 ) -> Float[Tensor, "batch tokens d_model"]:
-    """Return what the eraser makes of the activations; the decision is hard, the edit has a gradient."""
+    """Return what the eraser makes of the activations; the decision is hard, the edit has a gradient.
+
+    through: also where an anchor's activation is put, see `straight_through`.
+    """
     rows = []
     thresholds = torch.tensor(eraser.gate.thresholds)
     for row in range(len(x)):
         tokens = token_scores(eraser, x[row][content[row]])
         fired = (over_tokens(eraser, tokens).detach().cpu() >= thresholds).nonzero().flatten().tolist()
         named = (tokens.detach().cpu()[:, fired] >= thresholds[fired]).any(1)
-        rows.append(edit_prompt(eraser, x[row], content[row], editable[row], fired, named) if fired else x[row])
+        rows.append(edit_prompt(eraser, x[row], content[row], editable[row], fired, named, through) if fired else x[row])
     return torch.stack(rows)
 
 
@@ -92,6 +104,7 @@ def edit_prompt(
     editable: Bool[Tensor, " tokens"],
     concepts: Sequence[int],
     named: Bool[Tensor, " content"],
+    through: bool = False,
 ) -> Float[Tensor, "tokens d_model"]:
     """Edit one prompt by the features of some concepts of the eraser, whoever decided that they are in it.
 
@@ -107,5 +120,6 @@ def edit_prompt(
         behind = torch.arange(len(x), device=x.device) > positions[-1]
         names_it = torch.zeros_like(behind).index_fill_(0, positions[named.to(positions.device)], True)
         anchors = eraser.anchors.to(edited)
-        edited = torch.where(names_it[:, None], anchors[0], torch.where(behind[:, None], anchors[1], edited))
+        put = torch.where(names_it[:, None], anchors[0], torch.where(behind[:, None], anchors[1], edited))
+        edited = straight_through(put, edited) if through else put
     return torch.where(editable[:, None], edited, x)

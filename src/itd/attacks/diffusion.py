@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from itd import pipelines
 from itd.attacks.base import Criterion, Goal, NotApplicable, System
-from itd.attacks.differentiable import erase_activations, gate_margin
+from itd.attacks.differentiable import erase_activations, gate_margin, straight_through
 from itd.discriminants import Discriminants
 from itd.drafts import draft
 from itd.eraser import Eraser
@@ -75,11 +75,17 @@ def encode(
     input_ids: Int[Tensor, "batch tokens"],
     embeddings: Float[Tensor, "batch tokens d"] | None = None,
     eraser: Eraser | None = None,
+    through: bool = False,
 ) -> Encoded:
     """Run the text encoder on token ids, or on embeddings in their place, through an eraser if there is one.
 
     Differentiable in `embeddings`. What the eraser does is computed by `itd.attacks.differentiable`, not by an attached one,
     which has no gradient.
+
+    through: keep the prompt's own gradient where an anchor is put in its place, for who has no gate's score to descend on.
+
+    Raises:
+        NotApplicable: the text encoder has no pooled embedding.
     """
     encoder: Any = pipelines.encoder_of(pipe, ENCODER)
     device = next(encoder.parameters()).device
@@ -90,7 +96,7 @@ def encode(
     def erase(hidden: Float[Tensor, "batch tokens d"]) -> Tensor:
         assert eraser is not None
         margins.extend(gate_margin(eraser, x[mask]) for x, mask in zip(hidden, content, strict=True))
-        return erase_activations(eraser, hidden, content, editable)
+        return erase_activations(eraser, hidden, content, editable, through)
 
     hooks = [] if embeddings is None else [edit_output(token_embedding(pipe), lambda _: embeddings)]
     hooks += [] if eraser is None else [edit_output(eraser.hook_point.resolve(pipe), erase)]
@@ -99,33 +105,39 @@ def encode(
     finally:
         for hook in hooks:
             hook.remove()
-    encoded = Encoded(output.last_hidden_state, output.pooler_output, torch.stack(margins) if margins else None)
+    pooled = pipelines.pooled_output(output)
+    if pooled is None:
+        raise NotApplicable(f"{type(encoder).__name__} has no pooled embedding, which the attack needs")
+    encoded = Encoded(output.last_hidden_state, pooled, torch.stack(margins) if margins else None)
     if eraser is None:
         return encoded
     if eraser.pooled is not None:
-        encoded = behind_gate(pipe, eraser.pooled, encoded, encoded.pooled)
+        encoded = behind_gate(pipe, eraser.pooled, encoded, encoded.pooled, through)
     if eraser.edit.mode == "refuse" and encoded.margins is not None:
-        encoded = put_anchor(pipe, eraser.edit.anchor, encoded, encoded.margins >= 0)
+        encoded = put_anchor(pipe, eraser.edit.anchor, encoded, encoded.margins >= 0, through)
     if eraser.draft is not None:
-        encoded = behind_gate(pipe, eraser.draft, encoded, draft(pipe, encoded.states))
+        encoded = behind_gate(pipe, eraser.draft, encoded, draft(pipe, encoded.states), through)
     return encoded
 
 
-def behind_gate(pipe: Any, gate: Discriminants, encoded: Encoded, vectors: Float[Tensor, "batch d"]) -> Encoded:
+def behind_gate(pipe: Any, gate: Discriminants, encoded: Encoded, vectors: Float[Tensor, "batch d"], through: bool) -> Encoded:
     """Return what a gate on the whole prompt lets through; the decision is hard, the closest gate's margin has a gradient."""
     assert encoded.margins is not None
     margins = gate.scores(vectors).amax(1) - gate.part_way
     closest = encoded._replace(margins=torch.maximum(encoded.margins, margins))
-    return put_anchor(pipe, gate.anchor, closest, margins >= 0)
+    return put_anchor(pipe, gate.anchor, closest, margins >= 0, through)
 
 
-def put_anchor(pipe: Any, prompt: str, encoded: Encoded, fired: Bool[Tensor, " batch"]) -> Encoded:
+def put_anchor(pipe: Any, prompt: str, encoded: Encoded, fired: Bool[Tensor, " batch"], through: bool) -> Encoded:
     """Give the prompts that fired what the text encoder says of another prompt; margins stay."""
     if not fired.any():
         return encoded
     anchor = encode_texts(pipe, [prompt])
     states = torch.where(fired[:, None, None], anchor.states, encoded.states)
-    return encoded._replace(states=states, pooled=torch.where(fired[:, None], anchor.pooled, encoded.pooled))
+    pooled = torch.where(fired[:, None], anchor.pooled, encoded.pooled)
+    if through:
+        states, pooled = straight_through(states, encoded.states), straight_through(pooled, encoded.pooled)
+    return encoded._replace(states=states, pooled=pooled)
 
 
 def encode_texts(pipe: Any, texts: Sequence[str]) -> Encoded:

@@ -73,7 +73,8 @@ class Match:
 class Loss:
     """`objective + gate_weight * relu(margin + slack)`, through the eraser of the system.
 
-    With gate_weight 0 the attacker does not know the gate; otherwise the score is in the loss, and being flagged costs.
+    With gate_weight 0 the attacker does not know the gate and has the gradient of the prompt itself where an anchor takes its
+    place; otherwise the score is in the loss, and being flagged costs.
     """
 
     system: System
@@ -85,7 +86,7 @@ class Loss:
     def __call__(
         self, input_ids: Int[Tensor, "1 tokens"], embeddings: Float[Tensor, "1 tokens d"] | None, noise: Noise
     ) -> Float[Tensor, ""]:
-        encoded = encode(self.system.pipe, input_ids, embeddings, self.system.eraser)
+        encoded = encode(self.system.pipe, input_ids, embeddings, self.system.eraser, through=self.gate_weight == 0)
         return self.objective(encoded.states, noise) + self.penalty(encoded) + self.picture_penalty(encoded.states, noise)
 
     def penalty(self, encoded: Encoded) -> Tensor:
