@@ -61,3 +61,10 @@ def test_features_that_cannot_be_compared_are_refused(a: torch.Tensor, b: torch.
     for distance in (frechet_distance, kernel_distance, kernel_distance_interval):
         with pytest.raises(ValueError, match=match):
             distance(a, b)
+
+
+@pytest.mark.parametrize("n", [20, 300])
+def test_subsets_of_a_kernel_distance_differ_however_small_the_sets_are(n: int) -> None:
+    a, b = torch.randn(2, n, 8, generator=torch.Generator().manual_seed(n))
+    found = kernel_distance_interval(a, b)
+    assert found.low < found.value < found.high

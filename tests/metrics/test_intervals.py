@@ -105,3 +105,8 @@ def test_a_rate_by_key_is_over_groups_and_of_one_group_over_its_flags() -> None:
 
 def test_a_measure_is_its_value_with_or_without_an_interval() -> None:
     assert value_of(rate([True, False])) == value_of(0.5) == 0.5
+
+
+def test_the_interval_of_one_group_is_that_of_its_flags() -> None:
+    flags = [True] * 8 + [False] * 2
+    assert clustered_rate([flags]) == rate(flags) == rate_by(["a"] * 10, flags)

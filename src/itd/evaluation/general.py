@@ -16,11 +16,11 @@ from itd.emoji.prompts import filler_words
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.identities import choose, templates_free_of
-from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.results import Measures, Report, Section, require_at_least
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import DETECTOR, Case, Drawn, Made, World, leak_free_sets, require_no_leak
-from itd.metrics.distribution import frechet_distance, kernel_distance_interval
-from itd.metrics.intervals import Rate, mean_rate, rate
+from itd.metrics.distribution import feature_distances
+from itd.metrics.intervals import Rate, mean_rate, rate, rate_by
 from itd.prompts import PromptSet, fill
 from itd.templates import TEMPLATES
 
@@ -48,6 +48,11 @@ class General:
     """Of prompts and pictures."""
     erase: EraseConfig = field(default_factory=EraseConfig)
     """How the eraser is made."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_prompts=1, n_erased=1, caption_share=0)
+        if self.caption_share > 1:
+            raise ValueError(f"caption_share must be at most 1, got {self.caption_share}")
 
     def quick(self) -> General:
         """Return the subsample: 100 prompts, 10 identities."""
@@ -137,10 +142,11 @@ def comparisons(world: World, before: Drawn, after: Drawn) -> dict[str, Rate | f
     scores = world.clip_scores(before), world.clip_scores(after)
     gap = world.perceptual(before, after)
     changed = torch.tensor([not flag for flag in same])
+    nouns = [str(case.noun) for case in before.cases]
     return {
-        "gate_fires": rate(fired), "bit_identical": rate(same),
+        "gate_fires": rate_by(nouns, fired), "bit_identical": rate_by(nouns, same),
         "bit_identical_passed": rate(s for s, f in zip(same, fired, strict=True) if not f),
-        "accuracy_unerased": rate(right[0]), "accuracy": rate(right[1]),
+        "accuracy_unerased": rate_by(nouns, right[0]), "accuracy": rate_by(nouns, right[1]),
         "clip_score_unerased": mean_rate(scores[0]), "clip_score": mean_rate(scores[1]),
         "clip_score_change": mean_rate(scores[1] - scores[0]),
         "perceptual_distance": mean_rate(gap), "perceptual_distance_changed": mean_rate(gap[changed]),
@@ -153,15 +159,3 @@ def features_of(world: World, drawn: Drawn) -> dict[str, Tensor]:
 
 def distances(world: World, name: str, a: Drawn, b: Drawn) -> dict[str, Rate | float]:
     return feature_distances(name, features_of(world, a), features_of(world, b))
-
-
-def feature_distances(name: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Rate | float]:
-    """Return FID and KID between two sets of pictures on the judge's and on CLIP's features; equal sizes of both sides."""
-    found: dict[str, Rate | float] = {}
-    for kind in a:
-        n = min(len(a[kind]), len(b[kind]))
-        picks = [torch.randperm(len(side), generator=torch.Generator().manual_seed(0))[:n] for side in (a[kind], b[kind])]
-        x, y = a[kind][picks[0]], b[kind][picks[1]]
-        found[f"fid_{kind}_{name}"] = frechet_distance(x, y)
-        found[f"kid_{kind}_{name}"] = kernel_distance_interval(x, y, n_subsets=20, subset_size=min(500, max(2, n // 2)))
-    return found

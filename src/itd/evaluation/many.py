@@ -15,10 +15,10 @@ from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.general import comparisons, distances
 from itd.evaluation.identities import Outcome, measure, sets_of, templates_free_of
-from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.results import Measures, Report, Section, require_at_least
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import DETECTOR, Case, Made, World, sample
-from itd.metrics.intervals import Rate, rate, value_of
+from itd.metrics.intervals import Rate, rate, rate_by, value_of
 from itd.plots import Line, line_plot
 from itd.prompts import fill
 
@@ -65,8 +65,7 @@ class Many:
     """How the erasers are made."""
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 1:
-            raise ValueError(f"counts must be at least 1, got {self.counts}")
+        require_at_least(self, counts=1, n_kept=1, n_drawn=1, n_templates=1, n_seeds=1, n_checked=1, n_captions=1)
 
     def quick(self) -> Many:
         """Return the subsample: 1, 10 and 50 concepts; 10 of them and 10 kept are drawn, in 2 sentences."""
@@ -135,13 +134,13 @@ class Many:
             rng = random.Random(seed)
             return [source.single(i % len(kept), None, None, rng) for i in range(n)]
 
-        sides = {
-            side: [fill(t, name) for name in names for t in templates] for side, names in (("erased", erased), ("kept", kept))
-        }
-        sides["captions"] = captions(f"{self.seed}", self.n_captions)
-        hits, misses, general = (
-            rate(world.fired(f"{self.name} {count} {side}", made.eraser, prompts)) for side, prompts in sides.items()
-        )
+        def fired(side: str, names: Sequence[str]) -> Rate:
+            prompts = [fill(t, name) for name in names for t in templates]
+            flags = world.fired(f"{self.name} {count} {side}", made.eraser, prompts)
+            return rate_by([name for name in names for _ in templates], flags)
+
+        hits, misses = fired("erased", erased), fired("kept", kept)
+        general = rate(world.fired(f"{self.name} {count} captions", made.eraser, captions(f"{self.seed}", self.n_captions)))
 
         def clock() -> float:
             # New captions every time: what was checked before may be remembered.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -14,10 +14,10 @@ from itd.emoji.data import DESIGNS
 from itd.emoji.prompts import STYLE_TEMPLATES
 from itd.eraser import Eraser
 from itd.erasing import PRESETS, EraseConfig
-from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.results import Measures, Report, Section, require_at_least
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import DETECTOR, Case, Drawn, Leak, Made, Sets, Sight, World, deal, leak_free_sets, sample
-from itd.metrics.intervals import NOTHING, Rate, mean_rate, rate, value_of
+from itd.metrics.intervals import NOTHING, Rate, mean_rate, rate_by, value_of
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, check_leaks
 
@@ -47,6 +47,9 @@ class Styles:
     """How the erasers are made."""
 
     def __post_init__(self) -> None:
+        require_at_least(self, n_nouns=1)
+        if not self.designs:
+            raise ValueError("designs must name what is to be erased; got none")
         unknown = sorted(set(self.designs) - set(DESIGNS))
         if unknown:
             raise ValueError(f"designs must be among {DESIGNS}, got {unknown[0]!r}")
@@ -136,9 +139,11 @@ class Styles:
         """Return the gate's rates on the evaluated prompts when they were among those it was made from."""
         made = self.make(world, erased, held_out, "leaky")
         fired = world.fired(f"{self.name} leaky {'+'.join(erased)}", made.eraser, [case.prompt for case in cases])
-        hit = [flag for flag, case in zip(fired, cases, strict=True) if case.design in erased]
-        kept = [flag for flag, case in zip(fired, cases, strict=True) if case.design not in erased]
-        return {"leaky_gate_recall": rate(hit), "leaky_gate_fpr_kept": rate(kept)}
+        found = {}
+        for name, wanted in (("recall", True), ("fpr_kept", False)):
+            rows = [i for i, case in enumerate(cases) if (case.design in erased) == wanted]
+            found[f"leaky_gate_{name}"] = rate_by([str(cases[i].noun) for i in rows], [fired[i] for i in rows])
+        return found
 
 
 def style_sets(erased: Sequence[str], held_out: Sequence[str]) -> Sets:
@@ -164,23 +169,26 @@ def style_measures(seen: tuple[Sight, Sight], before: Drawn, after: Drawn, erase
     parts, cases = sides(before, erased), before.cases
     same = before.same_as(after)
 
+    def share(rows: Sequence[int], flag: Callable[[int], bool]) -> Rate:
+        return rate_by([str(cases[i].noun) for i in rows], map(flag, rows))
+
     def style(view: int, rows: Sequence[int]) -> Rate:
-        return rate(seen[view].designs[i] == cases[i].design for i in rows)
+        return share(rows, lambda i: seen[view].designs[i] == cases[i].design)
 
     def noun(view: int, rows: Sequence[int]) -> Rate:
-        return rate(cases[i].noun in seen[view].shown[i] for i in rows)
+        return share(rows, lambda i: cases[i].noun in seen[view].shown[i])
 
     gone, stay = parts["erased"], parts["kept"]
     # Of one design the chance is how often it is seen in pictures of others; of several, the mean of theirs.
-    chances = [rate(seen[0].designs[i] == design for i in stay) for design in erased]
+    chances = [share(stay, lambda i, d=design: seen[0].designs[i] == d) for design in erased]
     found: dict[str, Rate | float] = {
         "style_erased": style(1, gone), "style_erased_unerased": style(0, gone),
         "chance": chances[0] if len(chances) == 1 else sum(chance.value for chance in chances) / len(chances),
         "style_kept": style(1, stay), "style_kept_unerased": style(0, stay),
         "noun_in_erased": noun(1, gone), "noun_in_erased_unerased": noun(0, gone),
         "noun_in_kept": noun(1, stay), "noun_in_kept_unerased": noun(0, stay),
-        "gate_recall": rate(after.fired[i] for i in gone), "gate_fpr_kept": rate(after.fired[i] for i in stay),
-        "bit_identical_kept": rate(same[i] for i in stay),
+        "gate_recall": share(gone, lambda i: after.fired[i]), "gate_fpr_kept": share(stay, lambda i: after.fired[i]),
+        "bit_identical_kept": share(stay, lambda i: same[i]),
     }  # fmt: skip
     unerased = style(0, stay).value
     return found | {"style_kept_relative": style(1, stay).value / unerased if unerased else float("nan")}

@@ -68,7 +68,8 @@ def clustered_area(
     """Return the area under the ROC of grouped scores, with the interval of a bootstrap over the groups of both sides.
 
     It is the share of pairs in which the positive scores higher, ties by half; a draw weighs the groups' pairs by how often
-    both are drawn. Where all pairs agree, the Wilson interval of the number of groups on the smaller side stands in.
+    both are drawn. Where all pairs agree, the Wilson interval of the number of groups on the smaller side stands in; else with
+    one group on a side there is no interval, NaN.
 
     Raises:
         ValueError: a confidence outside (0, 1).
@@ -89,6 +90,8 @@ def clustered_area(
     if area in (0.0, 1.0):
         n_groups = min(map(len, sizes))
         return Rate(area, *wilson(round(area * n_groups), n_groups, confidence)[1:3], n)
+    if min(map(len, sizes)) == 1:
+        return Rate(area, math.nan, math.nan, n)
     generator = torch.Generator().manual_seed(seed)
     a, b = (times_drawn(len(each), n_draws, generator) for each in sizes)
     drawn = ((a @ won) * b).sum(1) / ((a @ sizes[0].double()) * (b @ sizes[1].double()))
@@ -134,12 +137,14 @@ def gone_and_kept_draws(erased: Float[Tensor, "concepts 2"], kept: Float[Tensor,
 def gone_and_kept_rate(erased: Float[Tensor, "concepts 2"], kept: Float[Tensor, "concepts 2"]) -> Rate:
     """Return `gone_and_kept` of all concepts with the interval of a bootstrap over them; `n` counts both sides.
 
-    Where it is 0 or 1, with the Wilson interval of as many concepts.
+    Where it is 0 or 1, with the Wilson interval of as many concepts; else with one concept on a side there is none, NaN.
     """
     value, n = gone_and_kept(erased.sum(0), kept.sum(0)), int(erased[:, 1].sum() + kept[:, 1].sum())
     if not 0 < value < 1:
         bounds = wilson(round(value * len(erased)), len(erased)) if math.isfinite(value) else NOTHING
         return Rate(value, bounds.low, bounds.high, n)
+    if min(len(erased), len(kept)) == 1:
+        return Rate(value, math.nan, math.nan, n)
     return Rate(value, *interval_of(gone_and_kept_draws(erased, kept), 0.95), n)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -75,15 +77,29 @@ def kernel_distance_interval(
 ) -> Rate:
     """Return the kernel distance over random subsets: mean, and the interval that the subsets span.
 
+    A subset has at most half of the smaller set, as subsets that are the whole set would all be the same.
+
     Raises:
         ValueError: see `frechet_distance`.
     """
     require_features(a, b)
     generator = torch.Generator().manual_seed(seed)
-    size = min(subset_size, len(a), len(b))
+    size = min(subset_size, max(2, min(len(a), len(b)) // 2))
     draws = []
     for _ in range(n_subsets):
         picks = [torch.randperm(len(side), generator=generator)[:size] for side in (a, b)]
         draws.append(kernel_distance(a[picks[0]], b[picks[1]]))
     values = torch.tensor(draws, dtype=torch.float64)
     return Rate(float(values.mean()), *interval_of(values, confidence), n_subsets)
+
+
+def feature_distances(name: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Rate | float]:
+    """Return FID and KID between two sets of pictures by kind of features; of the larger set as many as the smaller one has."""
+    found: dict[str, Rate | float] = {}
+    for kind in a:
+        n = min(len(a[kind]), len(b[kind]))
+        picks = [torch.randperm(len(side), generator=torch.Generator().manual_seed(0))[:n] for side in (a[kind], b[kind])]
+        x, y = a[kind][picks[0]], b[kind][picks[1]]
+        found[f"fid_{kind}_{name}"] = frechet_distance(x, y)
+        found[f"kid_{kind}_{name}"] = kernel_distance_interval(x, y, n_subsets=20)
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -22,7 +21,9 @@ class Rate(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return "-" if self.n == 0 else f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        if self.n == 0:
+            return "-"
+        return f"{self.value:.4g}" + ("" if math.isnan(self.low) else f" [{self.low:.4g}, {self.high:.4g}]")
 
 
 NOTHING = Rate(math.nan, math.nan, math.nan, 0)
@@ -73,7 +74,7 @@ def clustered_rate(groups: Sequence[Sequence[bool]], confidence: float = 0.95, n
     """Return the share of true flags, with the interval of a bootstrap over groups.
 
     Pictures of one concept rise and fall together: drawing concepts, not pictures, keeps the interval honest. Where all
-    groups agree fully, the Wilson interval of the number of groups stands in.
+    groups agree fully, the Wilson interval of the number of groups stands in; where there is one group, that of its flags.
 
     Raises:
         ValueError: a confidence outside (0, 1).
@@ -83,6 +84,8 @@ def clustered_rate(groups: Sequence[Sequence[bool]], confidence: float = 0.95, n
     if len(counts) == 0:
         return NOTHING
     n, value = int(counts[:, 1].sum()), float(counts[:, 0].sum() / counts[:, 1].sum())
+    if len(counts) == 1:
+        return wilson(int(counts[0, 0]), n, confidence)
     if value in (0.0, 1.0):
         bounds = wilson(round(value * len(counts)), len(counts), confidence)
         return Rate(value, bounds.low, bounds.high, n)
@@ -92,11 +95,11 @@ def clustered_rate(groups: Sequence[Sequence[bool]], confidence: float = 0.95, n
 
 
 def rate_by(keys: Iterable[str], flags: Iterable[bool]) -> Rate:
-    """Return the share of true flags, with an interval over the groups of one key; of a single group, Wilson's."""
+    """Return the share of true flags, with an interval over the groups of one key."""
     groups: dict[str, list[bool]] = {}
     for key, flag in zip(keys, flags, strict=True):
         groups.setdefault(key, []).append(flag)
-    return clustered_rate(list(groups.values())) if len(groups) > 1 else rate(chain(*groups.values()))
+    return clustered_rate(list(groups.values()))
 
 
 def drawn_sums(counts: Float[Tensor, "groups k"], n_draws: int = 2000, seed: int = 0) -> Float[Tensor, "draws k"]:
