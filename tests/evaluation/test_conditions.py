@@ -5,9 +5,10 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from itd.evaluation.conditions import Sides, along_axes, axis_section, changes, promised, prompts_of
+from itd.evaluation.conditions import Sides, along_axes, axis_section, changes, promised, promises, prompts_of
 from itd.gate import calibrate
 from itd.metrics.intervals import NOTHING, conformal_interval
 
@@ -66,11 +67,26 @@ def test_the_plain_condition_stands_first_on_every_axis_and_is_measured_once() -
     assert asked == ["plain", "bare", "length+4"]
 
 
-def test_what_is_promised_is_of_one_calibration_and_of_several_nothing() -> None:
-    record = {"calibration": asdict(calibrate(torch.arange(5.0) + 100, torch.arange(100.0), fpr=0.05))}
-    one: Any = SimpleNamespace(records=[record])
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({}, True),
+        ({"calibration": "apart"}, False),
+        ({"calibration": "apart", "score": "contribution"}, True),
+        ({"fpr": None}, False),
+    ],
+)
+def test_a_conformal_interval_is_promised_of_one_threshold_at_a_stated_rate(changes: dict[str, Any], holds: bool) -> None:
+    made = calibrate(torch.arange(5.0) + 100, torch.arange(100.0), fpr=0.05)
+    config = {"calibration": "shared", "score": "evidence", "fpr": 0.05} | changes
+    record = {"calibration": asdict(made), "config": config}
+    one: Any = SimpleNamespace(records=[record], more_gates={})
     low, high = conformal_interval(100, 4)
-    assert promised(one)[1:] == (low, high, 100)
-    assert low < promised(one).value < high
-    two: Any = SimpleNamespace(records=[record, record])
-    assert promised(two) == NOTHING
+    assert (promised(one)[1:] == (low, high, 100)) == holds
+    assert ("calibration.fpr" in promises(one)) == holds
+    assert promises(one)["calibration.fpr_seen"] == made.false_positive_rate
+    for other in (
+        SimpleNamespace(records=[record, record], more_gates={}),
+        SimpleNamespace(records=[record], more_gates={"draft": 1}),
+    ):
+        assert promised(other) == NOTHING  # type: ignore[arg-type]

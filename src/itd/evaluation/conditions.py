@@ -135,9 +135,20 @@ def along_axes(axes: Axes, measure: Callable[[str, Condition], Sides]) -> dict[s
 
 
 def promised(eraser: Eraser) -> Rate:
-    """Return the true false-positive rate that an eraser was calibrated to; nothing for one that was joined of several."""
-    calibrations = calibration_of(eraser)
-    return promise_of(calibrations[0]) if len(calibrations) == 1 else NOTHING
+    """Return the true false-positive rate that an eraser was calibrated to; nothing where `is_conformal` does not hold."""
+    return promise_of(calibration_of(eraser)[0]) if is_conformal(eraser) else NOTHING
+
+
+def is_conformal(eraser: Eraser) -> bool:
+    """Tell whether an eraser decides by one threshold, put at a false-positive rate of one set of prompts, and by nothing else.
+
+    Only then its true rate follows from the size of that set. Where every concept has a threshold of its own, their errors add
+    up, and so do those of several gates.
+    """
+    if len(eraser.records) != 1 or eraser.more_gates:
+        return False
+    config = eraser.records[0]["config"]
+    return config["fpr"] is not None and (config["calibration"] == "shared" or config["score"] != "evidence")
 
 
 def promise_of(made: Calibration) -> Rate:
@@ -148,15 +159,14 @@ def promise_of(made: Calibration) -> Rate:
 
 
 def promises(eraser: Eraser) -> dict[str, Rate | float]:
-    """Return what the calibration says of the threshold: rates there, and the true false-positive rate."""
+    """Return what the calibration says of the first gate's threshold: rates there, and the true false-positive rate."""
     found: dict[str, Rate | float] = {}
     for index, made in enumerate(calibration_of(eraser)):
         prefix = "calibration" if index == 0 else f"calibration{index}"
         found |= {
-            f"{prefix}.fpr": promise_of(made), f"{prefix}.fpr_seen": made.false_positive_rate,
-            f"{prefix}.recall": made.recall, f"{prefix}.auroc": made.auroc,
+            f"{prefix}.fpr_seen": made.false_positive_rate, f"{prefix}.recall": made.recall, f"{prefix}.auroc": made.auroc,
         }  # fmt: skip
-    return found
+    return found | ({"calibration.fpr": promised(eraser)} if is_conformal(eraser) else {})
 
 
 # Page

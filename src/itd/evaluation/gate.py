@@ -14,7 +14,7 @@ from itd.erasing import EraseConfig
 from itd.evaluation.conditions import Axes, Condition, Sides, along_axes, axis_section, changes, look, promises, prompts_of
 from itd.evaluation.general import General
 from itd.evaluation.identities import choose, sets_of, templates_free_of, test_prompts
-from itd.evaluation.results import Measures, Report
+from itd.evaluation.results import Measures, Report, require_at_least
 from itd.evaluation.variants import LANGUAGES, PARAPHRASES, TRANSLATIONS
 from itd.evaluation.world import Made, World, leaky_sets
 from itd.prompts import fill
@@ -23,10 +23,12 @@ from itd.templates import TEMPLATES
 LEAD = (
     "The gate decides on prompts about erased and about kept concepts; nothing is drawn. Every condition changes the held-out "
     "prompts in one way, on both sides alike. The false-positive rate is that of kept concepts under the same change; beside "
-    "it is what the calibration promises of prompts like those it saw: the true rate's mean and conformal interval."
+    "it, where one threshold decides, is what the calibration promises of prompts like those it saw: the true rate's mean and "
+    "conformal interval."
 )
 NOTES = {
     "Erased concepts": "All held-out sentences, by erasers of fewer concepts.",
+    "Calibration": "One threshold for all concepts, for which a conformal interval holds, beside one for each.",
     "Leaks": "All held-out sentences, by an eraser that was made from them.",
     "General prompts": (
         "Sentences and captions about nouns of which the eraser was told nothing, against erased names in all held-out "
@@ -56,6 +58,7 @@ class GateAlone:
     """How the erasers are made."""
 
     def __post_init__(self) -> None:
+        require_at_least(self, n_erased=1, n_templates=1, n_general=1)
         if self.counts and not 1 <= min(self.counts) <= max(self.counts) <= self.n_erased:
             raise ValueError(f"counts must lie between 1 and n_erased = {self.n_erased}, got {self.counts}")
 
@@ -73,6 +76,7 @@ class GateAlone:
         )
         if eraser is None:
             found["Erased concepts"] = self.by_count(world, erased, kept)
+            found["Calibration"] = {"plain": found["Wording"]["plain"], "shared": self.shared(world, erased, kept)}
             found["Leaks"] = {"plain": found["Wording"]["plain"], "leaky": self.leaky(world, erased, kept)}
         found["General prompts"] = self.general(world, erased, eraser)
         measured = {name: sides for axis in found.values() for name, sides in axis.items()}
@@ -89,10 +93,7 @@ class GateAlone:
 
     def conditions(self, world: World, erased: Sequence[str]) -> Axes:
         """Return the conditions by axis and name."""
-        templates = templates_free_of(erased)
-
-        def plain(name: str, rng: random.Random) -> list[str]:
-            return [fill(t, name) for t in rng.sample(templates, min(self.n_templates, len(templates)))]
+        templates, plain = templates_free_of(erased), self.plain(erased)
 
         def tags(name: str, rng: random.Random) -> list[str]:
             return [fill(t, tag) for tag in world.nouns[name].implicit for t in rng.sample(templates, min(2, len(templates)))]
@@ -110,6 +111,11 @@ class GateAlone:
             "Wording": wording, **changes(world.pipe, plain, filler_words(), company, self.n_templates),
             "Languages": {f"language.{language}": translated(language) for language in LANGUAGES},
         }  # fmt: skip
+
+    def plain(self, erased: Sequence[str]) -> Condition:
+        """Return the condition of some test sentences as they are."""
+        templates = templates_free_of(erased)
+        return lambda name, rng: [fill(t, name) for t in rng.sample(templates, min(self.n_templates, len(templates)))]
 
     def measure(
         self, world: World, eraser: Eraser, name: str, condition: Condition,
@@ -133,6 +139,12 @@ class GateAlone:
         longer = changes(world.pipe, said, filler_words(), (), 0)["Length"]
         conditions = {"general": said, **{f"general.{name}": condition for name, condition in longer.items()}}
         return {name: self.measure(world, made, name, each, erased, nouns, "general") for name, each in conditions.items()}
+
+    def shared(self, world: World, erased: Sequence[str], kept: Sequence[str]) -> Sides:
+        """Measure the plain condition with one threshold for all concepts and no other gate."""
+        settings = replace(self.erase, calibration="shared", pooled_gate=False, draft_gate=False, picture_gate=False)
+        made = world.eraser(f"{self.name} shared", sets_of(world, erased, kept), settings)
+        return self.measure(world, made.eraser, "shared", self.plain(erased), erased, kept)
 
     def leaky(self, world: World, erased: Sequence[str], kept: Sequence[str]) -> Sides:
         """Measure all test sentences with an eraser that was made from the prompts it is measured on."""
