@@ -68,6 +68,7 @@ class AttackConfig:
         for name in ("n_concepts", "n_benign", "n_features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        Budget(self.images, self.steps)
 
     @property
     def stated(self) -> AttackConfig:

@@ -57,7 +57,7 @@ class ClipNames:
 
     @property
     def name(self) -> str:
-        return f"CLIP names {self.concept} first of {len(self.others) + 1}"
+        return f"CLIP names {self.concept} before {', '.join(self.others)}"
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "n 3 h w"]) -> list[bool]:

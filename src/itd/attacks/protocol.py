@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tqdm import tqdm
 
@@ -54,12 +54,14 @@ class Arena:
 
 
 def identity_of(arena: Arena, budget: Budget) -> dict[str, Any]:
-    """Return what the cells of a run depend on: the system, the goals and the budget."""
+    """Return what the cells of a run depend on: the system, the goals, what counts as success, benign prompts, the budget."""
     eraser = arena.system.eraser
     assert eraser is not None
     return {
         **arena.record, "budget": asdict(budget), "goals": [asdict(goal) for goal in arena.goals],
         "options": dict(arena.system.options), "eraser_sha256": eraser.sha256,
+        "criteria": {goal.concept: arena.criteria[goal.concept].name for goal in arena.goals},
+        "benign_sha256": PromptSet.from_texts(arena.benign).sha256,
     }  # fmt: skip
 
 
@@ -170,7 +172,7 @@ def build_report(
     record = {
         **arena.record, "budget": asdict(budget), "concepts": [goal.concept for goal in arena.goals],
         "goals": [asdict(goal) for goal in arena.goals], "options": dict(arena.system.options),
-        "attacks": {name: {"access": a.access, **parameters(a)} for name, a in attacks.items()},
+        "attacks": {name: {"access": a.access, **asdict(cast(Any, a))} for name, a in attacks.items()},
         "eraser": eraser_record(eraser),
         "criteria": {goal.concept: arena.criteria[goal.concept].name for goal in arena.goals},
         "n_benign": len(benign), "cells": {f"{name} {arm}": list(listed) for (name, arm), listed in cells.items()},
@@ -189,10 +191,6 @@ def build_report(
         ),
     )
     return Report("attack", "Attacks on an erased pipeline", lead, measures.values, measures.intervals, record, sections)
-
-
-def parameters(attack: Any) -> dict[str, Any]:
-    return {name: value for name, value in asdict(attack).items()}
 
 
 def attack_text(benign: Sequence[bool], chance: Sequence[bool]) -> str:
