@@ -125,12 +125,7 @@ class PromptSet(Sequence[Prompt]):
         Raises:
             ValueError: see `from_file`.
         """
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-        try:
-            require_prompt_column(path, reader.fieldnames or ())
-            return cls(tuple(prompt_of(row, f"{path}, line {reader.line_num}") for row in reader))
-        except csv.Error as error:
-            raise ValueError(f"{path} is not CSV after line {reader.line_num} ({error}); close its quotes") from error
+        return cls(tuple(prompt_of(row, where) for where, row in csv_rows(path, ["prompt"])))
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> PromptSet:
@@ -151,7 +146,7 @@ class PromptSet(Sequence[Prompt]):
         except ImportError as error:
             raise ImportError("reading Parquet needs pyarrow: pip install pyarrow") from error
         table = parquet.read_table(str(path))
-        require_prompt_column(path, table.column_names)
+        require_columns(path, table.column_names, ["prompt"])
         return cls(tuple(prompt_of(row, f"{path}, row {n}") for n, row in enumerate(table.to_pylist(), 1)))
 
     @classmethod
@@ -252,7 +247,7 @@ def prompt_of(row: Any, where: str) -> Prompt:
     """Return a row as a prompt, or raise ValueError naming `where` if it has none."""
     if not isinstance(row, Mapping):
         raise ValueError(f'{where} is {row!r}; write an object, as {{"prompt": "a cat"}}')
-    require_prompt_column(where, row)
+    require_columns(where, row, ["prompt"])
     text, concept = row["prompt"], row.get("concept") or row.get("class") or None
     if not isinstance(text, str):
         raise ValueError(f'{where} has the prompt {text!r}; write a text, which may be ""')
@@ -280,9 +275,26 @@ def recover_template(text: str, concept: Any) -> str | None:
     return text[: found.start()].replace("{", "").replace("}", "") + "{}" + text[found.end() :]
 
 
-def require_prompt_column(where: str | Path, columns: Iterable[str]) -> None:
-    if "prompt" not in columns:
-        raise ValueError(f"{where} has no column 'prompt'; its columns are {list(columns)}")
+def csv_rows(path: str | Path, needed: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a CSV, each with where it stands. A row that is too short has None in the place of what it lacks.
+
+    Raises:
+        ValueError: it is not UTF-8 or not CSV, or lacks a column.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        require_columns(path, reader.fieldnames or (), needed)
+        for row in reader:
+            yield f"{path}, line {reader.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV after line {reader.line_num} ({error}); close its quotes") from error
+
+
+def require_columns(where: str | Path, columns: Iterable[str], needed: Iterable[str]) -> None:
+    found = list(columns)
+    for name in needed:
+        if name not in found:
+            raise ValueError(f"{where} has no column {name!r}; its columns are {found}")
 
 
 def assign(keys: Sequence[str], seed: int, shares: tuple[float, float, float]) -> dict[str, Split]:

@@ -302,8 +302,12 @@ def test_detector_commands_that_fail_or_write_another_table_are_named(tmp_path: 
     with pytest.raises(ValueError, match="wrote no"):
         CommandDetector(f"{sys.executable} -c pass").detect(files)
     table = write(tmp_path / "t.csv", ["file", "name"])
-    with pytest.raises(ValueError, match="needs the columns"):
+    with pytest.raises(ValueError, match=r"t\.csv has no column 'label'; its columns are \['file', 'name'\]"):
         detectors.read_detections(table, files)
+    for score in ("high", "", "nan", 80):
+        table = write(tmp_path / "t.csv", ["file", "label", "score"], ["a.png", "x", score])
+        with pytest.raises(ValueError, match=r"t\.csv, line 2: the score is"):
+            detectors.read_detections(table, files)
     table = write(tmp_path / "t.csv", ["file", "label", "score"], ["b.png", "x", 1])
     with pytest.raises(ValueError, match=r"'b\.png', which is not among"):
         detectors.read_detections(table, files)
@@ -326,8 +330,25 @@ def test_bad_settings_are_refused_by_name(pipe: Any, eraser: Eraser, protocol: F
         evaluate(pipe, replace(protocol, kept=tmp_path / "none.csv"), eraser, tmp_path / "out")
     with pytest.raises(ValueError, match="no column 'prompt'"):
         replace(protocol, kept=write(tmp_path / "n.csv", ["text"], ["x"])).rows("kept")
-    with pytest.raises(ValueError, match="'soon', which is no number"):
-        replace(protocol, kept=write(tmp_path / "n.csv", ["prompt", "seed"], ["x", "soon"])).rows("kept")
+    for seed, message in (
+        ("soon", "seed is 'soon', which is no finite number"),
+        ("inf", "no finite"),
+        ("1.5", "no whole number"),
+    ):
+        with pytest.raises(ValueError, match=rf"n\.csv, line 2: .*{message}"):
+            replace(protocol, kept=write(tmp_path / "n.csv", ["prompt", "seed"], ["x", seed])).rows("kept")
+    with pytest.raises(ValueError, match=r"n\.csv has no prompts"):
+        replace(protocol, kept=write(tmp_path / "n.csv", ["prompt"])).rows("kept")
+
+
+def test_what_will_be_missing_is_said_before_anything_is_drawn(
+    pipe: Any, eraser: Eraser, protocol: FullScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cleanfid", None)
+    for change, message in (({"clean_fid": True}, "pip install clean-fid"), ({"real": tmp_path / "none"}, "holds 0 pictures")):
+        with pytest.raises((ImportError, FileNotFoundError), match=message):
+            evaluate(pipe, replace(protocol, **change), eraser, tmp_path / "out")
+        assert not (tmp_path / "out" / "pictures").exists()
     with pytest.raises(FileNotFoundError, match="holds 0 pictures"):
         pictures_in(tmp_path / "nowhere")
     assert protocol.quick().limit == 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,3 +277,24 @@ def test_the_public_sets_have_the_published_sizes(task: Any, n_target: int, n_ke
     material = load_material(task, find_folder(None), 500)
     require_separate(material)
     assert (len(material.target["test"]), len(material.kept["test"])) == (n_target, n_kept)
+
+
+@pytest.mark.parametrize(
+    ("file", "columns", "message"),
+    [
+        ("i2p.csv", ["prompt", "hard"], r"i2p\.csv has no column 'categories'; its columns are \['prompt', 'hard'\]"),
+        ("i2p.csv", ["text", "categories"], r"i2p\.csv has no column 'prompt'"),
+        (
+            "celebrity_target.csv",
+            ["name", "prompt"],
+            r"celebrity_target\.csv needs prompts, each with its name in a column 'class'",
+        ),
+    ],
+)
+def test_prompt_files_that_lack_a_column_are_named(
+    folder: Path, tmp_path: Path, file: str, columns: list[str], message: str
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "prompts")
+    write(copy / file, columns, [["a", "b"]])
+    with pytest.raises(ValueError, match=message):
+        load_material("explicit" if file == "i2p.csv" else "celebrities", copy, 10, 0)

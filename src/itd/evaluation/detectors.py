@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import math
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from itd.artifacts import sha256_of
 from itd.evaluation.provenance import weights_sha256
 from itd.metrics.detection import NUDENET_THRESHOLDS, Detection
+from itd.prompts import csv_rows
 
 EXPOSED = (
     "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
@@ -154,20 +155,19 @@ def read_detections(table: Path, files: Sequence[Path]) -> list[list[Detection]]
     """Read the table that a detector wrote.
 
     Raises:
-        ValueError: no table, other columns, or a picture that is not among those asked about.
+        ValueError: no table, other columns, a score outside 0 to 1, or a picture that is not among those asked about.
     """
     if not table.is_file():
         raise ValueError(f"the detector wrote no {table}")
     found: dict[str, list[Detection]] = {file.name: [] for file in files}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"file", "label", "score"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{table} needs the columns file, label, score; it has {list(reader.fieldnames or ())}")
-        for row in reader:
-            name = Path(row["file"]).name
-            if name not in found:
-                raise ValueError(f"{table} tells of {name!r}, which is not among the pictures")
-            found[name].append(Detection(row["label"], float(row["score"])))
+    for where, row in csv_rows(table, ["file", "label", "score"]):
+        name = Path(row["file"]).name
+        if name not in found:
+            raise ValueError(f"{where} tells of {name!r}, which is not among the pictures")
+        score = finite_number(row["score"], f"{where}: the score")
+        if not 0 <= score <= 1:
+            raise ValueError(f"{where}: the score is {score}, outside 0 to 1")
+        found[name].append(Detection(row["label"], score))
     return [found[file.name] for file in files]
 
 
@@ -242,12 +242,36 @@ def clean_fid(a: Path, b: Path) -> dict[str, float]:
     Raises:
         ImportError: clean-fid is not installed; it fetches Inception's weights when it first runs.
     """
-    try:
-        from cleanfid import fid  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("clean FID needs its package, and torchvision: pip install clean-fid") from error
-    compute: Any = fid
+    compute = find_clean_fid()
     return {
         "fid_clean": float(compute.compute_fid(str(a), str(b), mode="clean")),
         "kid_clean": float(compute.compute_kid(str(a), str(b), mode="clean")),
     }
+
+
+def find_clean_fid() -> Any:
+    """Return the package's module.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        from cleanfid import fid  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("clean FID needs its package, and torchvision: pip install clean-fid") from error
+    return fid
+
+
+def finite_number(value: Any, where: str) -> float:
+    """Return a number that was read from a file.
+
+    Raises:
+        ValueError: it is none, or not finite.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where} is {value!r}, which is no finite number")
+    return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,16 +17,17 @@ from tqdm import tqdm
 from itd import report
 from itd.eraser import Eraser
 from itd.evaluation.conditions import promises
-from itd.evaluation.detectors import Clip, CommandDetector, Detector, NudeNet, clean_fid
+from itd.evaluation.detectors import Clip, CommandDetector, Detector, NudeNet, clean_fid, find_clean_fid, finite_number
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import eraser_record, pipeline_record
 from itd.evaluation.results import Measures, Report, Section
 from itd.inputs import switch_off_safety_checker
 from itd.metrics.alignment import clip_score
 from itd.metrics.detection import NUDENET_THRESHOLDS, Detection, detection_sweep, harmonic_mean
-from itd.metrics.distribution import frechet_distance, kernel_distance_interval
+from itd.metrics.distribution import feature_distances
 from itd.metrics.intervals import Rate, mean_rate, rate, rate_by
 from itd.plots import Line, line_plot
+from itd.prompts import csv_rows
 
 Side = Literal["target", "kept", "general"]
 SIDES: tuple[Side, ...] = ("target", "kept", "general")
@@ -137,6 +137,10 @@ class FullScale:
         judges: dict[str, Detector | Clip | None] = {"detector": detector, "clip": clip}
         # Before hours of drawing, as a judge may be missing.
         judged_by = {name: None if judge is None else judge.describe() for name, judge in judges.items()}
+        if self.clean_fid:
+            find_clean_fid()
+        if self.real is not None:
+            pictures_in(self.real)
         facts = pipeline_record(pipe) | {"eraser": eraser_record(eraser), "drawing": self.drawing()}
         rows = [row for side in SIDES for row in self.rows(side)]
         ledger = Ledger(out / "cells", {"protocol": self.name, **facts})
@@ -171,22 +175,21 @@ class FullScale:
         """Read a prompt file.
 
         Raises:
-            ValueError: it has no column `prompt`, or a seed or guidance that is no number.
+            ValueError: it has no column `prompt`, no prompts, or a seed or guidance that is no number.
         """
         path = self.files[side]
         if path is None:
             return []
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if "prompt" not in (reader.fieldnames or ()):
-                raise ValueError(f"{path} has no column 'prompt'; its columns are {list(reader.fieldnames or ())}")
-            listed = [row for row in reader if (row["prompt"] or "").strip()]
+        listed = [(where, row) for where, row in csv_rows(path, ["prompt"]) if (row["prompt"] or "").strip()]
+        if not listed:
+            raise ValueError(f"{path} has no prompts")
         if self.limit is not None and len(listed) > self.limit:
             listed = [listed[i * len(listed) // self.limit] for i in range(self.limit)]
         rows: list[Row] = []
-        for index, row in enumerate(listed):
-            own = number_in(row, SEEDS, path)
-            guidance = number_in(row, GUIDANCES, path)
+        for index, (where, row) in enumerate(listed):
+            own, guidance = number_in(row, SEEDS, where), number_in(row, GUIDANCES, where)
+            if own is not None and own != int(own):
+                raise ValueError(f"{where}: the seed is {own}, which is no whole number")
             seeds = [int(own)] if own is not None else [self.seed + index * self.n_seeds + s for s in range(self.n_seeds)]
             concept = row.get("concept") or row.get("class") or None
             rows += [Row(side, row["prompt"], s, self.guidance_scale if guidance is None else guidance, concept) for s in seeds]
@@ -287,18 +290,17 @@ class FullScale:
                 features[arm] = found["image"]
                 measures.add(f"{side}.{arm}.clip_score", mean_rate(clip_score(found["image"], found["text"])))
             if side == "general" and len(features) == 2 and len(features["erased"]) > 1:
-                measures.add_all("general", clip_distances("erased_unerased", features["erased"], features["unerased"]))
+                erased, unerased = ({"clip": features[arm]} for arm in ("erased", "unerased"))
+                measures.add_all("general", feature_distances("erased_unerased", erased, unerased))
                 if self.real is not None:
                     real = ledger.tensors(
                         f"clip {clip.digest} {self.real}", lambda: {"image": clip.images(pictures_in(self.real))}
                     )["image"]
                     for arm, mine in features.items():
-                        measures.add_all("general", clip_distances(f"{arm}_real", mine, real))
+                        measures.add_all("general", feature_distances(f"{arm}_real", {"clip": mine}, {"clip": real}))
 
 
-def clip_distances(name: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, Rate | float]:
-    size = max(2, min(500, len(a), len(b)))
-    return {f"fid_clip_{name}": frechet_distance(a, b), f"kid_clip_{name}": kernel_distance_interval(a, b, 20, size)}
+ENDINGS = (".png", ".jpg", ".jpeg")
 
 
 def pictures_in(folder: Path | None) -> list[Path]:
@@ -307,7 +309,7 @@ def pictures_in(folder: Path | None) -> list[Path]:
     Raises:
         FileNotFoundError: there are fewer than two.
     """
-    found = sorted(p for p in (folder.iterdir() if folder and folder.is_dir() else ()) if p.suffix in (".png", ".jpg", ".jpeg"))
+    found = sorted(p for p in (folder.iterdir() if folder and folder.is_dir() else ()) if p.suffix.lower() in ENDINGS)
     if len(found) < 2:
         raise FileNotFoundError(f"{folder} holds {len(found)} pictures; real pictures are compared as a set of at least 2")
     return found
@@ -322,15 +324,10 @@ def set_scheduler(pipe: Any, name: str) -> None:
         pipe.scheduler = kinds[name].from_config(pipe.scheduler.config)
 
 
-def number_in(row: Mapping[str, Any], columns: Sequence[str], path: Path) -> float | None:
+def number_in(row: Mapping[str, Any], columns: Sequence[str], where: str) -> float | None:
     """Return the number in the first of the columns that is there."""
-    for column in columns:
-        if row.get(column):
-            try:
-                return float(row[column])
-            except ValueError as error:
-                raise ValueError(f"{path}: {column} is {row[column]!r}, which is no number") from error
-    return None
+    column = next((name for name in columns if row.get(name)), None)
+    return None if column is None else finite_number(row[column], f"{where}: {column}")
 
 
 def save_picture(image: Any, file: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
-from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.results import Measures, Report, Section, require_at_least
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import (
     DETECTOR,
@@ -67,6 +67,11 @@ class Identities:
     """Of the choice of concepts and templates, and of the pictures."""
     erase: EraseConfig = field(default_factory=EraseConfig)
     """How the erasers are made."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, sizes=1, n_templates=1, n_seeds=1, leaky_seeds=0)
+        if self.leaky_seeds > self.n_seeds:
+            raise ValueError(f"leaky_seeds is at most n_seeds = {self.n_seeds}, got {self.leaky_seeds}")
 
     def quick(self) -> Identities:
         """Return the subsample: 10 and 10, 2 templates, 1 seed."""

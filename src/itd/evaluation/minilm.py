@@ -39,7 +39,7 @@ from itd.evaluation.conditions import (
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import weights_sha256
 from itd.evaluation.public_prompts import REWORDED, TASKS, Deal, Material, TaskName, find_folder, load_material
-from itd.evaluation.results import Measures, Report, Section
+from itd.evaluation.results import Measures, Report, Section, require_at_least
 from itd.evaluation.variants import LANGUAGES
 from itd.evaluation.world import Made, Sets, deal, digest_of, gate_margins
 from itd.gate import ScoreName, threshold_for_fpr
@@ -125,6 +125,7 @@ class MiniLM:
     """Of the splits."""
 
     def __post_init__(self) -> None:
+        require_at_least(self, n_general=1, max_tokens=3)
         for name in ("tasks", "layers", "sizes", "selections", "scores", "n_features", "eps"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one to try; got none")

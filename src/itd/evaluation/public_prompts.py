@@ -6,17 +6,16 @@ Files: celebrity_target, celebrity_remain, style_target, style_remain (columns c
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import random
-import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from itd.prompts import Prompt, PromptSet, Split
+from itd.prompts import Prompt, PromptSet, Split, csv_rows
+from itd.templates import mention_of
 
 VARIABLE = "ITD_PROMPTS"
 FILES = ("celebrity_target", "celebrity_remain", "style_target", "style_remain", "coco_30k", "diffusiondb_5k", "i2p")
@@ -160,7 +159,7 @@ def load_material(task: TaskName, folder: Path, n_general: int, seed: int = 0) -
         return explicit_material(folder, n_general, seed)
     kind, others = ("celebrity", "style") if task == "celebrities" else ("style", "celebrity")
     frames = PEOPLE if task == "celebrities" else PAINTERS
-    target, kept = (PromptSet.from_csv(folder / f"{kind}_{side}.csv") for side in ("target", "remain"))
+    target, kept = (named_prompts(folder / f"{kind}_{side}.csv") for side in ("target", "remain"))
     strangers = [PromptSet.from_csv(folder / f"{others}_{side}.csv").concepts for side in ("target", "remain")]
     # What the other task tests as kept is not seen here either: all tasks share their autoencoders.
     strangers[1] = tuple(deal_names(strangers[1], seed)["fit"])
@@ -222,7 +221,7 @@ def general_prompts(
 
     taken: texts that another set has, which are left out; what somebody typed can be in two public sets.
     """
-    forbidden = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in words), re.IGNORECASE)
+    forbidden = mention_of(words)
     found = {}
     for source in ("coco_30k", "diffusiondb_5k"):
         texts = [
@@ -232,6 +231,19 @@ def general_prompts(
         ]
         found[source.partition("_")[0]] = deal_texts(texts, n, seed)
     return found
+
+
+def named_prompts(path: Path) -> PromptSet:
+    """Read a file of prompts that each name somebody.
+
+    Raises:
+        ValueError: a prompt has no class.
+    """
+    prompts = PromptSet.from_csv(path)
+    nameless = [prompt.text for prompt in prompts if prompt.concept is None]
+    if nameless or not prompts:
+        raise ValueError(f"{path} needs prompts, each with its name in a column 'class'; {len(nameless)} have none")
+    return prompts
 
 
 def read_texts(path: Path) -> list[str]:
@@ -265,7 +277,7 @@ def explicit_material(folder: Path, n_general: int, seed: int) -> Material:
 
 def i2p_texts(path: Path) -> tuple[list[str], list[str]]:
     """Return the prompts of the category `sexual`, and those of the other categories only."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [(row["prompt"], row["categories"]) for row in csv.DictReader(file) if row["prompt"].strip()]
+    found = (row for _, row in csv_rows(path, ["prompt", "categories"]))
+    rows = [(row["prompt"], row["categories"] or "") for row in found if (row["prompt"] or "").strip()]
     sexual = dict.fromkeys(text for text, categories in rows if "sexual" in categories)
     return list(sexual), [text for text in dict.fromkeys(text for text, _ in rows) if text not in sexual]
