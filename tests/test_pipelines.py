@@ -15,6 +15,7 @@ from itd.pipelines import (
     begin_token,
     content_end,
     content_mask,
+    device_of,
     edit_mask,
     encoder_of,
     fingerprint,
@@ -188,3 +189,11 @@ def test_parts_that_are_missing_are_named(pipe: Any) -> None:
         tokenizer_of(pipe, "text_encoder_2")
     with pytest.raises(ValueError, match="SimpleNamespace has neither a unet nor a transformer"):
         image_model(SimpleNamespace())
+
+
+def test_under_offloading_a_module_is_where_it_computes() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2)).to("meta")
+    assert device_of(module).type == "meta"
+    for part, device in ((module, None), (module[0], "cpu")):  # as accelerate marks a module and its leaves
+        part._hf_hook = SimpleNamespace(execution_device=device)
+    assert device_of(module) == torch.device("cpu")

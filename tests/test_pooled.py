@@ -119,3 +119,11 @@ def test_rows_are_replaced_in_every_tensor_of_a_result():
     assert found["all"][0].tolist() == [[0], [1], [0]]
     assert found["all"][1] is None
     assert not result["states"].any()
+
+
+def test_what_was_checked_is_forgotten_when_a_layer_behind_the_hook_point_changes(pipe, guarded):
+    first = guarded.check(pipe, [MEANT])[0].meaning
+    with torch.no_grad():
+        pipe.text_encoder.final_layer_norm.weight.neg_()
+    again = guarded.check(pipe, [MEANT])[0].meaning
+    assert again == replace(guarded).check(pipe, [MEANT])[0].meaning != first

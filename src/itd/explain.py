@@ -134,6 +134,8 @@ def check(
     site, memory = eraser.hook_point, PromptMemory() if allow_new_words else eraser.memory  # new words may change between calls
     probe = pipelines.fingerprint(pipe, site)
     eraser.require_encoder(probe)
+    if eraser.pooled is not None or eraser.draft is not None:  # which read what the encoder says behind the hook point
+        probe = torch.cat([probe, pipelines.last_state(pipe, site.encoder)])
     if eraser.draft is not None:
         probe = torch.cat([probe, eraser.draft.require_image_model(pipe)])
     memory.require(probe)

@@ -188,8 +188,11 @@ def undisturbed(pipe: Any) -> AbstractContextManager[None]:
 
 def device_of(module: nn.Module) -> torch.device:
     """Return where a module computes: under offloading not where its parameters are between calls."""
-    found = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return next(module.parameters()).device if found is None else torch.device(found)
+    for part in module.modules() if hasattr(module, "_hf_hook") else ():
+        found = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if found is not None:
+            return torch.device(found)
+    return next(module.parameters()).device
 
 
 def run_encoder(pipe: Any, encoder: str, tokens: Tokens) -> Any:

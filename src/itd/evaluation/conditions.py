@@ -148,7 +148,8 @@ def is_conformal(eraser: Eraser) -> bool:
     if len(eraser.records) != 1 or eraser.more_gates:
         return False
     config = eraser.records[0]["config"]
-    return config["fpr"] is not None and (config["calibration"] == "shared" or config["score"] != "evidence")
+    is_one = config.get("calibration") == "shared" or config["score"] != "evidence"
+    return is_one and config["fpr"] is not None
 
 
 def promise_of(made: Calibration) -> Rate:
