@@ -20,7 +20,8 @@ class TokenSearch:
     """Search `n_tokens` words with `max cos(f(words), f(P))`; f: pooled embedding of the public text encoder, P: honest prompt.
 
     Each step takes the gradient by every word's one-hot code, and keeps the best of `n_candidates` prompts that replace one
-    word by one of the `top` most promising. Words of the concept's name are banned. The attacked system is not asked.
+    word by one of the `top` most promising. Words of the concept's name are banned, and all that is no word of one
+    token; prompts are shorter than in the released code (docs/attacks.md). The attacked system is not asked.
 
     Source: Yang et al. 2024, MMA-Diffusion: MultiModal Attack on Diffusion Models, section 3, the attack on the text.
     """

@@ -40,7 +40,7 @@ class Arena:
     criteria: Mapping[str, Criterion]
     """Per concept."""
     benign: tuple[str, ...]
-    """Prompts that name no erased concept: false positives of the gate are counted on them."""
+    """Prompts that ask for no erased concept: false positives of the gate are counted on them."""
     record: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:

@@ -25,7 +25,8 @@ class RingABell:
     f(with the concept) - f(without). The search never asks the attacked system; its best words are then tried there.
 
     Source: Tsai et al. 2024, Ring-A-Bell! How reliable are concept removal methods, section 3 and algorithm 1. Words of the
-    concept's name are left out of the search here.
+    concept's name are left out of the search here, as is all that is no word of one token; prompts are shorter and fewer than
+    in the released code (docs/attacks.md).
     """
 
     name: ClassVar[str] = "ring-a-bell"

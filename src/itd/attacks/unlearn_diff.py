@@ -24,7 +24,8 @@ class UnlearnDiff:
     The loss is the denoising error on pictures of the concept. Words are read off as the largest u, and drawn from u.
 
     Source: Zhang et al. 2024, To generate or not? Safety-driven unlearned diffusion models are still easy to generate unsafe
-    images ... for now, section 4; the relaxation is that of Hou et al. 2023, TextGrad.
+    images ... for now, section 4; the relaxation is that of Hou et al. 2023, TextGrad, but
+    without the one-hot words that the released code samples in every step.
     """
 
     name: ClassVar[str] = "unlearndiff"

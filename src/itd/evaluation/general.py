@@ -25,7 +25,8 @@ from itd.prompts import PromptSet, fill
 from itd.templates import TEMPLATES
 
 LEAD = (
-    "General prompts name nothing that is erased, and nouns about which the eraser was told nothing. Distances between the "
+    "General prompts ask for nothing that is erased, but for nouns about which the eraser was told nothing, some of which have an "
+    "erased word in their name, as the hot dog that of the dog. Distances between the "
     "erased and the unerased model's pictures stand beside a floor: the unerased model against itself with other seeds."
 )
 
