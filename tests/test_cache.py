@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import copy
+import pickle
+import random
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,3 +57,25 @@ def test_a_cache_never_holds_more_than_it_may_and_counts_what_it_holds(puts: lis
 def test_a_negative_size_is_an_error() -> None:
     with pytest.raises(ValueError, match="holds 0 bytes or more, got -1"):
         ByteCache(-1)
+
+
+def test_a_cache_is_copied_with_what_it_holds() -> None:
+    cache: ByteCache[str] = ByteCache(3)
+    cache.put("a", "value", 2)
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        copied.put("b", "other", 2)
+        assert (copied.get("a"), copied.get("b"), cache.get("a")) == (None, "other", "value")
+
+
+def test_threads_share_a_cache() -> None:
+    cache: ByteCache[int] = ByteCache(50)
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(2000):
+            cache.put(rng.randrange(60), seed, rng.randrange(5))
+            cache.get(rng.randrange(60))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert cache.n_bytes == sum(n for _, n in cache._values.values()) <= 50

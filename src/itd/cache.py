@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from threading import RLock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 V = TypeVar("V")
 
@@ -13,8 +13,8 @@ V = TypeVar("V")
 class ByteCache(Generic[V]):
     """A mapping that forgets what was not used for longest when its values exceed `max_bytes`.
 
-    `n_bytes`: what is held now, as it was stated by `put`. A value larger than the whole cache is not
-    kept. Threads may share it.
+    `n_bytes`: what is held now, as it was stated by `put`. A value larger than the whole cache is not kept. Threads may share
+    one.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -23,6 +23,12 @@ class ByteCache(Generic[V]):
         self.max_bytes, self.n_bytes = max_bytes, 0
         self._values: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
         self._lock = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=RLock())
 
     def __len__(self) -> int:
         return len(self._values)

@@ -25,9 +25,9 @@ from itd.prompts import PromptSet, fill
 from itd.templates import TEMPLATES
 
 LEAD = (
-    "General prompts ask for nothing that is erased, but for nouns about which the eraser was told nothing, some of which have an "
-    "erased word in their name, as the hot dog that of the dog. Distances between the "
-    "erased and the unerased model's pictures stand beside a floor: the unerased model against itself with other seeds."
+    "General prompts ask for nothing that is erased, but for nouns about which the eraser was told nothing, some of which have "
+    "an erased word in their name, as the hot dog that of the dog. Distances between the erased and the unerased model's "
+    "pictures stand beside a floor: the unerased model against itself with other seeds."
 )
 
 
