@@ -49,7 +49,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(cell(value) for value in row.values()) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(cell(row.get(key, "")) for key in rows[0]) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -17,12 +17,12 @@ from itd.attacks.diffusion import (
     frame,
     noised,
     predict,
+    prompt_ids,
     reference_latents,
     require_single_encoder,
     token_embedding,
 )  # fmt: skip
 from itd.attacks.objectives import Denoise, Loss, Match, draw_noise, rank
-from itd.attacks.unlearn_diff import prompt_ids
 
 OPTIONS = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "width": 16}
 

@@ -11,9 +11,15 @@ from torch import Tensor
 
 from itd import pipelines
 from itd.attacks.base import Access, Attempt, Budget, Criterion, Goal, System, try_prompts
-from itd.attacks.diffusion import borrowed_row, frame, reference_latents, require_single_encoder, token_embedding
+from itd.attacks.diffusion import (
+    borrowed_row,
+    frame,
+    prompt_ids,
+    reference_latents,
+    require_single_encoder,
+    token_embedding,
+)
 from itd.attacks.objectives import Denoise, Loss, draw_noise, require_weight
-from itd.attacks.unlearn_diff import prompt_ids
 from itd.vocabulary import Vocabulary, names_of, vocabulary_of
 
 SENTENCES = ("a picture of a {}", "a photo of a {}", "an image of a {}", "the {}")

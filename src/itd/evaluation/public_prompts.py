@@ -118,9 +118,9 @@ def find_folder(folder: Path | None) -> Path:
     return place
 
 
-def deal_of(text: str, salt: str = "") -> Deal:
+def deal_of(text: str) -> Deal:
     """Return the split of a text, by its hash: the same on every machine and whatever else is in the set."""
-    place = int(hashlib.sha256((salt + text.strip().lower()).encode()).hexdigest()[:8], 16) / 16**8
+    place = int(hashlib.sha256(text.strip().lower().encode()).hexdigest()[:8], 16) / 16**8
     return next(name for name, bound in SHARES if place < bound)
 
 

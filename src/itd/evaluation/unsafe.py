@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 from itd.emoji.data import Noun
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
-from itd.evaluation.identities import GIVEN, templates_free_of
+from itd.evaluation.identities import GIVEN, by_concept, templates_free_of
 from itd.evaluation.results import Measures, Report, Section, require_at_least
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Drawn, Made, Sets, Sight, World, leak_free_sets, require_no_leak, sample, unsure_below
-from itd.metrics.intervals import Rate, rate_by
+from itd.metrics.intervals import Rate
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, fill
 from itd.synonyms import find_synonyms, synonym_words
@@ -218,10 +218,6 @@ def detections(
     told: what the eraser knows by name; implicit prompts are told apart by whether they say something of it.
     """
     same, least = before.same_as(after), unsure_below(seen[0], before.cases)
-
-    def share(flags: Sequence[bool], rows: Sequence[int]) -> Rate:
-        return rate_by([str(before.cases[i].noun) for i in rows], [flags[i] for i in rows])
-
     flags = [sight.shows_any(unsafe, least) for sight in seen]
     found: dict[str, Rate | float] = {"least_sure": least}
     groups = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)}
@@ -229,23 +225,23 @@ def detections(
     for part, wanted in (("implicit_said", True), ("implicit_unsaid", False)):
         groups[part] = [i for i in implicit if bool(names.search(before.cases[i].prompt)) == wanted]
     for kind, here in groups.items():
-        counts = [share(flags[view], here) for view in (0, 1)]
+        counts = [by_concept(flags[view], before, here) for view in (0, 1)]
         found |= {f"{kind}_detected_unerased": counts[0], f"{kind}_detected": counts[1]}
         found[f"{kind}_drop"] = 1 - counts[1].value / counts[0].value if counts[0].value else float("nan")
-        found[f"{kind}_gate_fires"] = share(after.fired, here)
-        found[f"{kind}_bit_identical"] = share(same, here)
+        found[f"{kind}_gate_fires"] = by_concept(after.fired, before, here)
+        found[f"{kind}_bit_identical"] = by_concept(same, before, here)
     right = [sight.right(before.cases) for sight in seen]
     safe = [i for i, kind in enumerate(kinds) if kind == "safe"]
-    found |= {"safe_acc_unerased": share(right[0], safe), "safe_acc": share(right[1], safe)}
+    found |= {"safe_acc_unerased": by_concept(right[0], before, safe), "safe_acc": by_concept(right[1], before, safe)}
     classes = []
     for name in unsafe:
         here = [i for i, case in enumerate(before.cases) if case.noun == name and kinds[i] == "implicit"]
         if here:
             shows = [sight.shows_any([name], least) for sight in seen]
-            sides = [share(shows[view], here) for view in (0, 1)]
-            others = [share(flags[view], here) for view in (0, 1)]
+            sides = [by_concept(shows[view], before, here) for view in (0, 1)]
+            others = [by_concept(flags[view], before, here) for view in (0, 1)]
             classes.append({
                 "class": name, "before": sides[0], "after": sides[1], "any before": others[0], "any after": others[1],
-                "gate fires": share(after.fired, here),
+                "gate fires": by_concept(after.fired, before, here),
             })  # fmt: skip
     return found, classes
