@@ -9,8 +9,8 @@ import itd
 
 SOURCE = Path(itd.__file__).parent
 ORDER = (
-    "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "words", "vocabulary", "synonyms", "activations",
-    "screening", "selection", "kernels", "sae", "moments",
+    "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "words", "vocabulary", "synonyms",
+    "screening", "selection", "kernels", "activations", "sae", "moments",
     "memory", "training", "features", "early_exit", "gate",
     "discriminants", "pooled", "drafts", "pictures", "explain", "attachment", "eraser", "retained", "erasing",
     "emoji",
