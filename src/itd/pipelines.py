@@ -192,7 +192,8 @@ def device_of(module: nn.Module) -> torch.device:
         found = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if found is not None:
             return torch.device(found)
-    return next(module.parameters()).device
+    own = getattr(module, "device", None)  # networks of transformers and diffusers tell it
+    return next(module.parameters()).device if own is None else torch.device(own)
 
 
 def run_encoder(pipe: Any, encoder: str, tokens: Tokens) -> Any:
