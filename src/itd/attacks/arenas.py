@@ -16,7 +16,7 @@ from itd.eraser import EditMode, Eraser
 from itd.erasing import PRESETS, EraseConfig
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import pipeline_record, weights_sha256
-from itd.evaluation.results import Report
+from itd.evaluation.results import Report, require_at_least
 from itd.generation import pipeline_options
 from itd.inputs import switch_off_safety_checker
 from itd.prompts import PromptSet, fill
@@ -65,9 +65,7 @@ class AttackConfig:
     """Four concepts, 4 pictures, 20 steps and 200 benign prompts at most."""
 
     def __post_init__(self) -> None:
-        for name in ("n_concepts", "n_benign", "n_features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, n_concepts=1, n_benign=1, n_features=1)
         Budget(self.images, self.steps)
 
     @property
