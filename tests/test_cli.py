@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import D_MODEL, FRAMES, NOUNS, SITE, build_pipeline, prompts_of
+from tiny import D_MODEL, FRAMES, NOUNS, SITE, build_pipeline, make_eraser, make_sae, prompts_of
 
-from itd import SAE, ActivationStore, EraseConfig, Eraser, PromptSet, TrainConfig, cli, inputs
+from itd import SAE, ActivationStore, EraseConfig, Eraser, HookPoint, PromptSet, TrainConfig, cli, inputs
 from itd.cli import main
 from itd.drafts import DraftGate
 from itd.emoji.data import Noun
@@ -530,6 +530,36 @@ def test_pictures_of_prompts_that_pass_keep_their_bits(made: Path, model: str, t
     assert bare[0]["gate"] is None
     same = [(tmp_path / "bare" / row["file"]).read_bytes() == (tmp_path / "erased" / row["file"]).read_bytes() for row in bare]
     assert same == [False, False, True, True]
+
+
+def test_every_text_encoder_of_a_pipeline_gets_its_eraser_or_is_named(
+    xl_pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    xl_pipe.save_pretrained(tmp_path / "model")
+    erasers = []
+    for encoder in ("text_encoder", "text_encoder_2"):
+        site = HookPoint(encoder, "encoder.layers.1")
+        sae = make_sae(xl_pipe, site).save(tmp_path / f"{encoder}-sae")
+        make_eraser(xl_pipe, sae, "house", site).save(tmp_path / encoder)
+        erasers += ["--eraser", str(tmp_path / encoder)]
+    prompts, out = ("a photo of a house", "my cup"), tmp_path / "out"
+    argv = ["generate", "--model", str(tmp_path / "model"), *prompts, *STEPS, "--out", str(out)]
+
+    assert main([*argv, *erasers]) == 0
+    gates = [row["gate"] for row in strict_json((out / "metadata.json").read_text())]
+    assert [(gate["fired"], gate["concepts"]) for gate in gates] == [(True, ["house"]), (False, [])]
+    assert [part["encoder"] for part in gates[0]["parts"]] == ["text_encoder", "text_encoder_2"]
+    assert all(part["fired"] for part in gates[0]["parts"])
+
+    assert "(--ungated text_encoder_2)" in failing(capsys, *argv, *erasers[:2])
+    assert main([*argv, *erasers[:2], "--ungated", "text_encoder_2"]) == 0
+    gates = [row["gate"] for row in strict_json((out / "metadata.json").read_text())]
+    assert [(gate["encoder"], gate["fired"]) for gate in gates] == [("text_encoder", True), ("text_encoder", False)]
+
+    assert "text_encoder is said to be ungated" in failing(capsys, *argv, *erasers, "--ungated", "text_encoder")
+    assert "has no text encoder 'text_encoder_3'" in failing(capsys, *argv, *erasers, "--ungated", "text_encoder_3")
+    check = failing(capsys, "check", "--model", str(tmp_path / "model"), *erasers, "my cup")
+    assert "for several text encoders: text_encoder, text_encoder_2; name those of one" in check
 
 
 def test_words_that_a_model_learnt_are_refused_unless_accepted(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from PIL import Image
 
+from itd.attachment import Attachment
 from itd.gate import Decision, Meaning, Scores
-from itd.generation import Picture, gate_row, picture_lines, write_pictures
+from itd.generation import Picture, gate_of, gate_row, picture_lines, write_pictures
+from itd.hooks import HookPoint
 from itd.kernels import SparseCodes
 
 
@@ -68,13 +72,22 @@ def test_concepts_are_those_of_any_gate_each_once() -> None:
         "meaning": {"concepts": ("dog", "cat"), "score": 0.75, "threshold": 0.45, "by": "pooled"},
     }  # fmt: skip
     both = gate_row(decision((0,), (0.75, 0.0), meaning), names)
-    assert both is not None
     assert both["concepts"] == ["cat", "dog"]
     alone = gate_row(decision((0,), (0.75, 0.0)), names)
     assert alone == {"fired": True, "score": 0.75, "threshold": 0.5, "concepts": ["cat"]}
 
 
+def test_a_prompt_that_is_encoded_in_parts_fires_if_one_of_them_does() -> None:
+    said = [decision(found, (score,)) for found, score in (((), 0.25), ((0,), 0.75))]
+    eraser = SimpleNamespace(hook_point=HookPoint("text_encoder", "layers.1"), names=("cat",))
+    gate = gate_of([cast("Attachment", SimpleNamespace(eraser=eraser, decisions=said))])
+    assert gate is not None
+    assert (gate["fired"], gate["concepts"]) == (True, ["cat"])
+    assert [(part["encoder"], part["score"]) for part in gate["parts"]] == [("text_encoder", 0.25), ("text_encoder", 0.75)]
+    assert gate_of([]) is None
+
+
 def test_the_line_of_a_picture_names_what_another_gate_found() -> None:
     passing, firing = (decision((), (0.25,), Meaning(found, 0.5, 0.45, "draft")) for found in ((), ("cat",)))
-    rows = [{"file": "0.png", "gate": gate_row(each, ("cat",))} for each in (None, passing, firing)]
+    rows = [{"file": "0.png", "gate": each and gate_row(each, ("cat",))} for each in (None, passing, firing)]
     assert picture_lines(rows) == ["0.png", "0.png  passes", "0.png  fires: cat"]

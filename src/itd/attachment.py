@@ -499,7 +499,8 @@ class Enforcer:
             if name not in gated | accepted:
                 raise RuntimeError(
                     f"{name} reads the prompt too and no attached eraser gates it, so what is erased can enter through it; "
-                    f"attach an eraser made for it, or accept that with eraser.attach(pipe, ungated=[{name!r}])"
+                    f"attach an eraser made for it, or accept that with eraser.attach(pipe, ungated=[{name!r}]) "
+                    f"(--ungated {name})"
                 )
 
     def issue(self, outputs: Sequence[Any]) -> None:

@@ -296,7 +296,7 @@ class Generate(OnModel):
     file: MaybePath = None
     """File of prompts to draw: .csv, .jsonl, .parquet or .txt."""
     eraser: Erasers = ()
-    """Folder of an eraser. Repeat the flag to join several."""
+    """Folder of an eraser. Repeat the flag for several: those of one text encoder are joined, others attached beside."""
     sae: MaybePath = None
     """Folder of the autoencoder, if it is no longer where it was when the eraser was made."""
     out: Path
@@ -311,6 +311,8 @@ class Generate(OnModel):
     """Weight of classifier-free guidance. By default what the pipeline takes."""
     negative_prompt: MaybeStr = None
     """What to steer away from. It is not gated."""
+    ungated: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Text encoders that read the prompt without a gate, as text_encoder_2: what is erased can enter through them."""
     allow_new_words: bool = False
     """Leave words that the text encoder learnt after the eraser was made (textual inversion) to the gate; else an error."""
 
@@ -318,11 +320,11 @@ class Generate(OnModel):
         prompts = inputs.read_prompts(self.prompts, self.file)
         options = pipeline_options(self.model, self.steps, self.guidance_scale, self.negative_prompt)
         seeds = consecutive_seeds(self.seed, self.n)
-        eraser = inputs.load_erasers(self.eraser, self.sae) if self.eraser else None
+        erasers = inputs.load_erasers_by_encoder(self.eraser, self.sae)
         pipe = self.pipeline()
         with run_folder(self, self.out / CONFIG):
-            pictures = generate(pipe, prompts, seeds, eraser, options, self.allow_new_words)
-            rows = write_pictures(pictures, self.out, len(prompts) * len(seeds), () if eraser is None else eraser.names)
+            pictures = generate(pipe, prompts, seeds, erasers, options, self.ungated, self.allow_new_words)
+            rows = write_pictures(pictures, self.out, len(prompts) * len(seeds))
         print("\n".join(picture_lines(rows)))
         print(f"images: {self.out}")
 

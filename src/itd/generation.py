@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from itd import emoji
 from itd.artifacts import CONFIG, read_json
+from itd.attachment import Attachment
 from itd.eraser import Eraser
 from itd.gate import Decision
 
@@ -27,33 +28,41 @@ MAX_SLUG = 60
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, what it was made from, and what the gate said; None without an eraser."""
+    """An image, what it was made from, and what the gates said, as `metadata.json` has it; None without an eraser."""
 
     image: Any
     prompt: str
     seed: int
-    decision: Decision | None
+    gate: dict[str, Any] | None
 
 
 def generate(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    eraser: Eraser | None,
+    erasers: Sequence[Eraser],
     options: Mapping[str, Any],
+    ungated: Sequence[str] = (),
     allow_new_words: bool = False,
 ) -> Iterator[Picture]:
-    """Yield one picture per prompt and seed, with the eraser attached if there is one.
+    """Yield one picture per prompt and seed, with the erasers attached.
 
     Pictures are not batched: kernels may round differently for another batch size, and a prompt that passes the gate has to
-    give the bits that the bare pipeline gives. `options` go to the pipeline, `allow_new_words` to `Eraser.attach`.
+    give the bits that the bare pipeline gives. `options` go to the pipeline, `ungated` and `allow_new_words` to
+    `Eraser.attach`.
+
+    Raises:
+        ValueError: `ungated` names a text encoder that an eraser is for.
     """
-    attached = None if eraser is None else eraser.attach(pipe, allow_new_words=allow_new_words)
-    with attached or nullcontext():
+    for name in (eraser.hook_point.encoder for eraser in erasers):
+        if name in ungated:
+            raise ValueError(f"{name} is said to be ungated, but an eraser is for it; leave one of them out")
+    with ExitStack() as stack:
+        attached = [stack.enter_context(eraser.attach(pipe, ungated, allow_new_words)) for eraser in erasers]
         for prompt in prompts:
             for seed in seeds:
                 image = pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
-                yield Picture(image, prompt, seed, None if attached is None else attached.decisions[0])
+                yield Picture(image, prompt, seed, gate_of(attached))
 
 
 def pipeline_options(
@@ -78,10 +87,10 @@ def consecutive_seeds(first: int, n: int) -> range:
     return range(first, first + n)
 
 
-def write_pictures(pictures: Iterator[Picture], out: Path, total: int, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+def write_pictures(pictures: Iterator[Picture], out: Path, total: int) -> list[dict[str, Any]]:
     """Write pictures as `000-slug.png` and their `metadata.json`; those of an earlier run in the folder go first.
 
-    `names`: concepts of the eraser. What was written before an interruption stays, with its metadata.
+    What was written before an interruption stays, with its metadata.
 
     Raises:
         ValueError: the folder holds something else.
@@ -93,8 +102,7 @@ def write_pictures(pictures: Iterator[Picture], out: Path, total: int, names: Se
     for index, picture in enumerate(tqdm(pictures, desc="generate", unit="image", total=total, disable=total < 2)):
         file = f"{index:03d}-{slug(picture.prompt)}.png"
         picture.image.save(out / file)
-        gate = gate_row(picture.decision, names)
-        rows.append({"file": file, "prompt": picture.prompt, "seed": picture.seed, "gate": gate})
+        rows.append({"file": file, "prompt": picture.prompt, "seed": picture.seed, "gate": picture.gate})
         write_metadata(rows, out)
     return rows
 
@@ -130,13 +138,29 @@ def picture_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def gate_row(decision: Decision | None, names: Sequence[str]) -> dict[str, Any] | None:
+def gate_of(attachments: Sequence[Attachment]) -> dict[str, Any] | None:
+    """Return what attached erasers said of the last prompt, for JSON; None without an eraser.
+
+    Where several erasers spoke, or one did on several parts of a long prompt, `parts` has what each said, and of what text
+    encoder; `fired` and `concepts` are of any of them.
+    """
+    rows = [
+        {"encoder": attachment.eraser.hook_point.encoder, **gate_row(decision, attachment.eraser.names)}
+        for attachment in attachments
+        for decision in attachment.decisions
+    ]
+    if len(rows) < 2:
+        return rows[0] if rows else None
+    concepts = dict.fromkeys(concept for row in rows for concept in row["concepts"])
+    return {"fired": any(row["fired"] for row in rows), "concepts": list(concepts), "parts": rows}
+
+
+def gate_row(decision: Decision, names: Sequence[str]) -> dict[str, Any]:
     """Return a decision for JSON, which has no infinity: a prompt without words has no score.
 
-    `concepts`: those of any gate. `score` and `threshold` are of the gate on features, those in `meaning` of another.
+    `names`: concepts of the eraser. `concepts`: those of any gate. `score` and `threshold` are of the gate on features, those
+    in `meaning` of another.
     """
-    if decision is None:
-        return None
     meaning = decision.meaning
     concepts = [*(names[c] for c in decision.concepts), *(meaning.concepts if meaning else ())]
     return {

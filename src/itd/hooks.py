@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class Handle:
         while self._removers:
             self._removers.pop()()
 
-    def __enter__(self) -> Handle:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -144,14 +144,30 @@ def load_erasers(folders: Sequence[Path], sae: Path | None = None) -> Eraser:
     """Load erasers and join them.
 
     Raises:
-        ValueError: none is named, or they do not join.
+        ValueError: none is named, they do not join, or they are for several text encoders.
     """
     if not folders:
         raise ValueError("--eraser is required: the folder of an eraser; `itd erase` makes one")
-    joined = Eraser.load(folders[0], None if sae is None else SAE.load(sae))
-    for folder in folders[1:]:
-        joined = joined | Eraser.load(folder, joined.sae)
+    joined, *others = load_erasers_by_encoder(folders, sae)
+    if others:
+        encoders = ", ".join(each.hook_point.encoder for each in (joined, *others))
+        raise ValueError(f"the erasers are for several text encoders: {encoders}; name those of one (`itd generate` takes all)")
     return joined
+
+
+def load_erasers_by_encoder(folders: Sequence[Path], sae: Path | None = None) -> list[Eraser]:
+    """Load erasers and join those that are for the same text encoder.
+
+    Raises:
+        ValueError: they do not join.
+    """
+    given = None if sae is None else SAE.load(sae)
+    joined: dict[str, Eraser] = {}
+    for folder in folders:
+        eraser = Eraser.load(folder, given)
+        encoder = eraser.hook_point.encoder
+        joined[encoder] = joined[encoder] | eraser if encoder in joined else eraser
+    return list(joined.values())
 
 
 def is_there(retained: Path | None) -> bool:
