@@ -9,7 +9,7 @@ import itd
 
 SOURCE = Path(itd.__file__).parent
 ORDER = (
-    "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "words", "vocabulary", "synonyms",
+    "settings", "artifacts", "cache", "prompts", "templates", "hooks", "pipelines", "words", "vocabulary", "synonyms",
     "screening", "selection", "kernels", "activations", "sae", "moments",
     "memory", "training", "features", "early_exit", "gate",
     "discriminants", "pooled", "drafts", "pictures", "explain", "attachment", "eraser", "retained", "erasing",
@@ -110,7 +110,7 @@ def test_every_module_of_the_order_is_there() -> None:
 
 def test_the_order_is_not_an_empty_claim() -> None:
     """Control: the reader of imports sees what is there."""
-    assert itd_imports(SOURCE / "sae.py", lazy=False) == {"artifacts", "hooks", "kernels"}
+    assert itd_imports(SOURCE / "sae.py", lazy=False) == {"artifacts", "hooks", "kernels", "settings"}
     assert "attachment" not in itd_imports(SOURCE / "eraser.py", lazy=False)
     assert "attachment" in itd_imports(SOURCE / "eraser.py", lazy=True)
 

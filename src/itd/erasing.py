@@ -45,6 +45,7 @@ from itd.pooled import PooledGate
 from itd.prompts import Prompt, PromptSet, check_leaks
 from itd.retained import Mentions, Retained, check_given_splits, encode_prompts, require_site, split_negative
 from itd.sae import SAE
+from itd.settings import require_at_least
 from itd.vocabulary import names_of, vocabulary_of, word_salads
 from itd.words import KnownWords
 
@@ -153,9 +154,7 @@ class EraseConfig:
         if isinstance(self.picture_looks, str) or not all(self.picture_looks):
             raise ValueError(f"picture_looks must be phrases, each of some words, got {self.picture_looks!r}")
         object.__setattr__(self, "picture_looks", tuple(self.picture_looks))
-        for name in ("n_features", "k_sel", "full_rates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, n_features=1, k_sel=1, full_rates=1)
         if not 0 < self.pooled_part_way <= 1:
             raise ValueError(f"pooled_part_way must be more than 0 and at most 1, got {self.pooled_part_way}")
         if self.n_edited is not None and self.n_edited < 1:

@@ -23,6 +23,7 @@ from itd.artifacts import (
 )
 from itd.hooks import HookPoint
 from itd.kernels import SparseCodes, sparse_decode, topk_encode
+from itd.settings import require_at_least
 
 KIND = "sae"
 
@@ -39,9 +40,7 @@ class SAEConfig:
     """Latents that may be active at a position."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_latents", "k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, d_model=1, n_latents=1, k=1)
         if self.k > self.n_latents:
             raise ValueError(f"k must be at most n_latents = {self.n_latents}, got {self.k}")
 

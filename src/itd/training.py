@@ -29,6 +29,7 @@ from itd.memory import free_memory, training_memory
 from itd.moments import DITHER, MomentType, read_moments, write_moments, zero_moments
 from itd.sae import SAE, SAEConfig
 from itd.screening import SCREENED_LATENTS, Screen, screening_pays
+from itd.settings import require_at_least
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,8 @@ class TrainConfig:
     """Of the starting weights and of the order of the activations."""
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "batch_tokens", "checkpoint_every", "dead_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "k_aux", "aux_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        require_at_least(self, n_tokens=1, batch_tokens=1, checkpoint_every=1, dead_tokens=1)
+        require_at_least(self, warmup_steps=0, k_aux=0, aux_weight=0)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
 

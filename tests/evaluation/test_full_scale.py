@@ -320,7 +320,7 @@ def test_bad_settings_are_refused_by_name(pipe: Any, eraser: Eraser, protocol: F
         find_protocol("full-scale")
     with pytest.raises(ValueError, match="--command"):
         replace(protocol, detector="command")
-    with pytest.raises(ValueError, match="got 0, 1 and None"):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         replace(protocol, steps=0)
     with pytest.raises(ValueError, match="--general"):
         replace(protocol, general=None, clean_fid=True)

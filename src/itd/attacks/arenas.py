@@ -16,10 +16,11 @@ from itd.eraser import EditMode, Eraser
 from itd.erasing import PRESETS, EraseConfig
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import pipeline_record, weights_sha256
-from itd.evaluation.results import Report, require_at_least
+from itd.evaluation.results import Report
 from itd.generation import pipeline_options
 from itd.inputs import switch_off_safety_checker
 from itd.prompts import PromptSet, fill
+from itd.settings import require_at_least
 from itd.synonyms import find_synonyms, synonym_words
 from itd.templates import TEMPLATES
 

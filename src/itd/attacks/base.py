@@ -13,6 +13,7 @@ from torch import Tensor
 
 from itd.eraser import Eraser
 from itd.prompts import fill
+from itd.settings import require_at_least
 
 Access = Literal["black", "white"]
 """black: the attacker sees pictures, and has the public text encoder. white: weights, features and threshold too."""
@@ -34,9 +35,7 @@ class Budget:
     """Gradient steps, or generations of a search, before the pictures are drawn."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"the budget's {name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, images=1, steps=1)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from itd.metrics.distribution import feature_distances
 from itd.metrics.intervals import Rate, mean_rate, rate, rate_by
 from itd.plots import Line, line_plot
 from itd.prompts import csv_rows
+from itd.settings import require_at_least
 
 Side = Literal["target", "kept", "general"]
 SIDES: tuple[Side, ...] = ("target", "kept", "general")
@@ -107,8 +108,7 @@ class FullScale:
             raise ValueError("full-scale needs prompts: --target, --kept or --general, each a CSV with a column prompt")
         if self.detector == "command" and not self.command:
             raise ValueError("the detector 'command' needs --command, which is run with a folder and a file to write")
-        if self.steps < 1 or self.n_seeds < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"steps, n_seeds and limit must be at least 1, got {self.steps}, {self.n_seeds} and {self.limit}")
+        require_at_least(self, steps=1, n_seeds=1, **({} if self.limit is None else {"limit": 1}))
         if (self.clean_fid or self.real) and self.general is None:
             raise ValueError("FID is measured on general prompts: give --general")
 

@@ -14,10 +14,11 @@ from itd.erasing import EraseConfig
 from itd.evaluation.conditions import Axes, Condition, Sides, along_axes, axis_section, changes, look, promises, prompts_of
 from itd.evaluation.general import General
 from itd.evaluation.identities import choose, sets_of, templates_free_of, test_prompts
-from itd.evaluation.results import Measures, Report, require_at_least
+from itd.evaluation.results import Measures, Report
 from itd.evaluation.variants import LANGUAGES, PARAPHRASES, TRANSLATIONS
 from itd.evaluation.world import Made, World, leaky_sets
 from itd.prompts import fill
+from itd.settings import require_at_least
 from itd.templates import TEMPLATES
 
 LEAD = (

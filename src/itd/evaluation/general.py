@@ -16,12 +16,13 @@ from itd.emoji.prompts import filler_words
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.identities import choose, templates_free_of
-from itd.evaluation.results import Measures, Report, Section, require_at_least
+from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import DETECTOR, Case, Drawn, Made, World, leak_free_sets, require_no_leak
 from itd.metrics.distribution import feature_distances
 from itd.metrics.intervals import Rate, mean_rate, rate, rate_by
 from itd.prompts import PromptSet, fill
+from itd.settings import require_at_least
 from itd.templates import TEMPLATES
 
 LEAD = (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
-from itd.evaluation.results import Measures, Report, Section, require_at_least
+from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import (
     DETECTOR,
@@ -35,6 +35,7 @@ from itd.metrics.detection import gone_and_kept_rate, rank_bins
 from itd.metrics.intervals import Rate, rate, rate_by, value_of
 from itd.plots import Line, line_plot
 from itd.prompts import PromptSet, fill
+from itd.settings import require_at_least
 from itd.templates import TEMPLATES, templates_without
 
 LEAD = (

@@ -15,12 +15,13 @@ from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.general import comparisons, distances
 from itd.evaluation.identities import Outcome, measure, sets_of, templates_free_of
-from itd.evaluation.results import Measures, Report, Section, require_at_least
+from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import DETECTOR, Case, Made, World, sample
 from itd.metrics.intervals import Rate, rate, rate_by, value_of
 from itd.plots import Line, line_plot
 from itd.prompts import fill
+from itd.settings import require_at_least
 
 LEAD = (
     "The erased concepts of each count contain those of the smaller ones. The kept ones are the same at every count, and "

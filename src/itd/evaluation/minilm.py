@@ -39,7 +39,7 @@ from itd.evaluation.conditions import (
 from itd.evaluation.ledger import Ledger
 from itd.evaluation.provenance import weights_sha256
 from itd.evaluation.public_prompts import REWORDED, TASKS, Deal, Material, TaskName, find_folder, load_material
-from itd.evaluation.results import Measures, Report, Section, require_at_least
+from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.variants import LANGUAGES
 from itd.evaluation.world import Made, Sets, deal, digest_of, gate_margins
 from itd.gate import ScoreName, threshold_for_fpr
@@ -52,6 +52,7 @@ from itd.pooled import PooledGate
 from itd.prompts import PromptSet, check_leaks, fill
 from itd.retained import Retained
 from itd.sae import SAE, SAEConfig
+from itd.settings import require_at_least
 from itd.training import TrainConfig, train
 
 ENCODER = "text_encoder"

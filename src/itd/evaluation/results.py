@@ -16,15 +16,6 @@ from itd.metrics.intervals import Rate, value_of
 Rows = Sequence[Mapping[str, Any]]
 
 
-def require_at_least(settings: object, **least: float) -> None:
-    """Raise ValueError unless each of these settings, or every value of it, is finite and at least so much."""
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        each = value if isinstance(value, tuple) else (value,)
-        if not each or not all(bound <= number < math.inf for number in each):
-            raise ValueError(f"{name} must be at least {bound}, got {value}")
-
-
 class Measures:
     """Numbers under flat names, with their intervals where they have one."""
 

@@ -14,12 +14,13 @@ from itd.emoji.data import DESIGNS
 from itd.emoji.prompts import STYLE_TEMPLATES
 from itd.eraser import Eraser
 from itd.erasing import PRESETS, EraseConfig
-from itd.evaluation.results import Measures, Report, Section, require_at_least
+from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import DETECTOR, Case, Drawn, Leak, Made, Sets, Sight, World, deal, leak_free_sets, sample
 from itd.metrics.intervals import NOTHING, Rate, mean_rate, rate_by, value_of
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, check_leaks
+from itd.settings import require_at_least
 
 LEAD = (
     "Every design of the embedded world is erased, alone and in pairs. The test sentences and the nouns in them were not seen. "

@@ -12,12 +12,13 @@ from itd.emoji.data import Noun
 from itd.eraser import Eraser
 from itd.erasing import EraseConfig
 from itd.evaluation.identities import GIVEN, by_concept, templates_free_of
-from itd.evaluation.results import Measures, Report, Section, require_at_least
+from itd.evaluation.results import Measures, Report, Section
 from itd.evaluation.show import pair_figures, spread
 from itd.evaluation.world import Case, Drawn, Made, Sets, Sight, World, leak_free_sets, require_no_leak, sample, unsure_below
 from itd.metrics.intervals import Rate
 from itd.plots import Line, line_plot
 from itd.prompts import Prompt, PromptSet, fill
+from itd.settings import require_at_least
 from itd.synonyms import find_synonyms, synonym_words
 from itd.templates import TEMPLATES, concept_prompts, mention_of
 
