@@ -63,11 +63,12 @@ class Gated:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "n 3 h w"]:
         concepts = self.gate.concepts(prompts)
-        rows = {flag: [i for i, found in enumerate(concepts) if bool(found) == flag] for flag in (False, True)}
         by_row: dict[int, Tensor] = {}
-        for flag, listed in rows.items():
-            part, part_seeds = [prompts[i] for i in listed], [seeds[i] for i in listed]
-            drawn = self.draw_flagged(part, part_seeds) if flag else self.task.draw_bare(part, part_seeds)
+        for draw, flag in ((self.task.draw_bare, False), (self.draw_flagged, True)):
+            listed = [i for i, found in enumerate(concepts) if bool(found) == flag]
+            if not listed:
+                continue
+            drawn = draw([prompts[i] for i in listed], [seeds[i] for i in listed])
             by_row |= dict(zip(listed, drawn, strict=True))
         return torch.stack([by_row[i] for i in range(len(prompts))])
 

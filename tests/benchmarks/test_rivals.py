@@ -226,6 +226,17 @@ def test_what_the_gate_passes_is_the_bare_picture_and_what_it_flags_is_edited(ta
     assert system.fired(asked) == [True, False, False]
 
 
+@pytest.mark.parametrize("maker", GATES, ids=lambda maker: maker.name)
+@pytest.mark.parametrize("flag", [False, True])
+def test_prompts_may_be_all_flagged_or_none(maker: Any, flag: bool, task: Task) -> None:
+    fitted = maker(task)
+    system = Gated("x", task, Gate(fitted.name, fitted.score, float("-inf" if flag else "inf")), make_eraser(task))
+    asked = ["a photo of a house", "a photo of a dog"]
+    assert system.fired(asked) == [flag, flag]
+    bare = NoErasure()(task).draw(asked, [3, 4])
+    assert [torch.equal(*pair) for pair in zip(system.draw(asked, [3, 4]), bare, strict=True)] == [not flag, not flag]
+
+
 def test_the_concepts_that_are_edited_are_those_that_the_gate_names(task: Task) -> None:
     editor, text = make_eraser(task).with_edit("subtract", -8.0), "a photo of a boat"
     both, first, second = (edited_states(task.pipe, editor, [text], [found]) for found in ((0, 1), (0,), (1,)))
