@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import add_safety_checker
+from tiny import add_safety_checker, make_eraser, make_sae
 
 from itd import EraseConfig, emoji
 from itd.erasing import PRESETS
-from itd.inputs import erase_settings, find_device, find_dtype, load_pipeline, switch_off_safety_checker
+from itd.inputs import erase_settings, find_device, find_dtype, load_erasers, load_pipeline, switch_off_safety_checker
 
 
 def test_a_pipeline_is_loaded_in_the_precision_asked_for(pipe, tmp_path):
@@ -23,6 +23,17 @@ def test_a_safety_checker_stays_off_and_a_pipeline_without_one_is_said_to_have_n
     assert checked.safety_checker is None
     assert not checked.config.requires_safety_checker
     assert switch_off_safety_checker(xl_pipe) == "none"
+
+
+def test_erasers_that_are_joined_share_the_autoencoder_of_the_first(pipe, tmp_path):
+    for name in ("house", "boat"):
+        make_eraser(pipe, make_sae(pipe).save(tmp_path / f"{name}-sae"), name).save(tmp_path / name)
+    (tmp_path / "boat-sae").rename(tmp_path / "moved")
+    assert load_erasers([tmp_path / "house", tmp_path / "boat"]).names == ("house", "boat")
+    with pytest.raises(ValueError, match="is not at"):
+        load_erasers([tmp_path / "boat", tmp_path / "house"])
+    with pytest.raises(FileNotFoundError, match="no eraser at"):
+        load_erasers([tmp_path / "house", tmp_path / "cat"])
 
 
 def test_automatic_precision_follows_the_device():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from itd import emoji
-from itd.artifacts import CONFIG
+from itd.artifacts import CONFIG, read_object
 from itd.eraser import ANCHOR, Eraser
 from itd.erasing import EraseConfig, split_sets
 from itd.hooks import WRAPPER, HookPoint
@@ -164,10 +164,18 @@ def load_erasers_by_encoder(folders: Sequence[Path], sae: Path | None = None) ->
     given = None if sae is None else SAE.load(sae)
     joined: dict[str, Eraser] = {}
     for folder in folders:
-        eraser = Eraser.load(folder, given)
-        encoder = eraser.hook_point.encoder
-        joined[encoder] = joined[encoder] | eraser if encoder in joined else eraser
+        encoder = encoder_in(folder)
+        before = joined.get(encoder)
+        eraser = Eraser.load(folder, given if before is None else before.sae)
+        joined[encoder] = eraser if before is None else before | eraser
     return list(joined.values())
+
+
+def encoder_in(folder: Path) -> str:
+    """Return the text encoder that a folder's eraser is for; "" where there is none, as loading it will say."""
+    path = folder / CONFIG
+    config = read_object(path, "save the eraser again") if path.is_file() else {}
+    return str(config.get("hook_point", "")).partition(":")[0]
 
 
 def is_there(retained: Path | None) -> bool:
